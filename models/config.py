@@ -1,0 +1,115 @@
+"""What a model is: plain dataclasses for backbone, adapter and joint encoder, as saved in a checkpoint's config.yaml.
+
+Shapes throughout: B images, P patch tokens, Dv patch width, De embedding width, m vision tokens, H joint encoder width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """The frozen CLIP-style model that turns an image into patch tokens and one embedding."""
+
+    name: str = ""
+    """open_clip model name, e.g. ViT-L-16-SigLIP2-384. Empty where `pretrained` is a directory with its own config."""
+    pretrained: str = ""
+    """open_clip tag (openai, dfn2b, webli, ...), weight file, directory (open_clip_config.json and weights), or `random`."""
+    token_stages: tuple[int, ...] = ()
+    """Convolutional towers: stages of the tower whose feature maps become tokens, e.g. (2, 3, 4). Empty for ViTs."""
+    token_grid: int = 0
+    """Convolutional towers: side of the grid that each stage's map is resampled to; P = token_grid squared."""
+
+    def __post_init__(self):
+        if bool(self.token_stages) != bool(self.token_grid):
+            raise UserError(
+                f"backbone.token_stages is {list(self.token_stages)} and backbone.token_grid {self.token_grid}; "
+                "set both (convolutional towers) or neither (ViTs)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneDims:
+    """Sizes that the adapter and the text-recovery head are built for."""
+
+    num_patches: int
+    """P, patch tokens an image."""
+    patch_width: int
+    """Dv, width of a patch token."""
+    embedding_width: int
+    """De, width of the image and text embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """From patch tokens [B, P, Dv] to vision tokens [B, m, H]."""
+
+    kind: str = "compression"
+    """`compression`: num_tokens learned queries attend over the patches. `local`: an MLP per patch, no compression."""
+    num_tokens: int = 64
+    """m for `compression`. Published: 64. Ignored by `local`, where m = P."""
+    mlp_width: int = 8192
+    """Hidden width of the adapter's MLP. Published: 8192."""
+    num_heads: int = 16
+    """Attention heads over Dv. The published code takes the vision tower's number."""
+    activation: str = "gelu"
+    """gelu (exact, erf) or relu. The published code takes the language model's."""
+    layer_norm_eps: float = 1e-6
+    """Epsilon of the adapter's LayerNorm. The published code takes the vision tower's."""
+
+    def __post_init__(self):
+        if self.kind not in ("compression", "local"):
+            raise UserError(f"adapter.kind is {self.kind!r}; expected 'compression' or 'local'")
+        if self.num_tokens < 1:
+            raise UserError(f"adapter.num_tokens is {self.num_tokens}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A BERT encoder. The defaults are MiniLM-L12-H384-uncased's."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 384
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 1536
+    activation: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    max_positions: int = 512
+    """Rows of the position table; extended by repeating its last row where captions and vision tokens outgrow it."""
+    type_vocab_size: int = 2
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"encoder.hidden_size is {self.hidden_size}; it must be a multiple of encoder.num_heads ({self.num_heads})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDJEConfig:
+    """Everything that rebuilds a model from its weights; saved as config.yaml beside them."""
+
+    backbone: BackboneConfig
+    dims: BackboneDims
+    backbone_fingerprint: str = ""
+    """Backbone.fingerprint of training time; a store or backbone that differs is an error."""
+    adapter: AdapterConfig
+    encoder: EncoderConfig
+    max_caption_tokens: int = 64
+    """[CLS], word pieces and [SEP]s: a joint input holds at most this many tokens beside the vision tokens, so 61
+    word pieces; a text-only input 62. Captions are cut, never vision tokens. Published: 64."""
+    residual_similarity: bool = False
+    """match logit = similarity_weight * first-stage cosine + head (the head starts at zero). Off in the paper."""
+    fusion_lambda: float | None = None
+    """fused score = match logit + fusion_lambda * cosine; chosen on a validation split, None until one was seen."""
+
+    @property
+    def num_vision_tokens(self) -> int:
+        """m: vision tokens an image has in the joint input."""
+        return self.adapter.num_tokens if self.adapter.kind == "compression" else self.dims.num_patches

@@ -1,0 +1,19 @@
+"""The one error that a user's input can cause, and how an entry point ends on it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Bad input: a file, a key, a value. The message is one line: where, what was found, what was expected, what to do."""
+
+
+def run_entry_point(main: Callable[[], None]) -> None:
+    """Run `main`; a UserError ends the process with its one line on stderr and exit code 2, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
