@@ -17,7 +17,7 @@ class BackboneConfig:
     name: str = ""
     """open_clip model name, e.g. ViT-L-16-SigLIP2-384. Empty where `pretrained` is a directory with its own config."""
     pretrained: str = ""
-    """open_clip tag (openai, dfn2b, webli, ...), weight file, directory (open_clip_config.json and weights), or `random`."""
+    """open_clip tag (openai, webli, ...), weight file, directory (open_clip_config.json and weights), or `random`."""
     token_stages: tuple[int, ...] = ()
     """Convolutional towers: stages of the tower whose feature maps become tokens, e.g. (2, 3, 4). Empty for ViTs."""
     token_grid: int = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Bad input: a file, a key, a value. The message is one line: where, what was found, what was expected, what to do."""
+    """Bad input: a file, a key, a value. One line: where, what was found, what was expected, what to do."""
 
 
 def run_entry_point(main: Callable[[], None]) -> None:

@@ -41,7 +41,9 @@ def pick_device(name: str = "auto") -> torch.device:
     """`auto` is cuda where there is one, else cpu."""
     if name != "auto":
         return torch.device(name)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
 
 
 @contextmanager

@@ -1,0 +1,82 @@
+"""From a frozen tower's patch tokens to vision tokens of the joint encoder's width.
+
+Letters: B images, P patches, D patch width, M vision tokens, H joint encoder width, F hidden width of the MLP.
+Source: EDJE (arXiv 2510.06820), adapter: A = MHA(Q, X Wk, X Wv), Y = (A + MLP(LN(A))) Wproj. Parameter names
+are those of the published checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import AdapterConfig
+from .errors import UserError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+
+
+class _MLP(nn.Module):
+    """fc2(act(fc1(x))), the two-layer perceptron of both adapters."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int, activation: str):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise UserError(f"adapter.activation is {activation!r}; expected one of {sorted(ACTIVATIONS)}")
+        self.fc1 = nn.Linear(width_in, hidden)
+        self.fc2 = nn.Linear(hidden, width_out)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class TokenCompressionAdapter(nn.Module):
+    """Compress the P patch tokens of an image to M tokens of the joint encoder's width.
+
+    M learned queries, shared by all images, attend over the patches. The result depends on the image alone, so it
+    is computed once and stored; a query never runs this module. Keys and values pass two linear maps (`key`/`value`
+    and the attention's own projections), there is no residual around the attention and no norm after the MLP: so
+    it is in the published checkpoint. SigLIP 2 L/16-384: [B, 576, 1024] -> [B, 64, 384], 49,152 bytes an image in
+    float16.
+    """
+
+    def __init__(self, config: AdapterConfig, patch_width: int, hidden_size: int):
+        super().__init__()
+        if patch_width % config.num_heads:
+            raise UserError(
+                f"adapter.num_heads is {config.num_heads}; it must divide the backbone's patch width ({patch_width})"
+            )
+        self.query = nn.Parameter(torch.empty(1, config.num_tokens, patch_width))
+        self.key = nn.Linear(patch_width, patch_width)
+        self.value = nn.Linear(patch_width, patch_width)
+        self.attention = nn.MultiheadAttention(patch_width, config.num_heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(patch_width, eps=config.layer_norm_eps)
+        self.mlp = _MLP(patch_width, config.mlp_width, patch_width, config.activation)
+        self.projection = nn.Linear(patch_width, hidden_size)
+        nn.init.normal_(self.query, std=patch_width**-0.5)
+
+    def forward(self, patches_BPD: Tensor) -> Tensor:
+        """Patch tokens after the tower's last norm, class token left out -> vision tokens [B, M, H]."""
+        query_BMD = self.query.expand(len(patches_BPD), -1, -1)
+        attended_BMD, _ = self.attention(query_BMD, self.key(patches_BPD), self.value(patches_BPD), need_weights=False)
+        return self.projection(attended_BMD + self.mlp(self.layernorm(attended_BMD)))
+
+
+class LocalProjection(_MLP):
+    """The uncompressed ("local") variant: each patch token by itself through a two-layer MLP, [B, P, D] -> [B, P, H].
+
+    Source: EDJE (arXiv 2510.06820), the local model, teacher of the compressed one.
+    """
+
+    def __init__(self, config: AdapterConfig, patch_width: int, hidden_size: int):
+        super().__init__(patch_width, config.mlp_width, hidden_size, config.activation)
+
+
+def build_adapter(config: AdapterConfig, patch_width: int, hidden_size: int) -> nn.Module:
+    """The adapter that `config.kind` names."""
+    kinds = {"compression": TokenCompressionAdapter, "local": LocalProjection}
+    return kinds[config.kind](config, patch_width, hidden_size)

@@ -1,0 +1,142 @@
+"""EDJE: adapter, joint encoder and heads; what turns captions and vision tokens into match logits.
+
+Letters: B, N images, C captions, Q pairs, P patch tokens, Dv patch width, De embedding width, m vision tokens,
+H joint encoder width. Source: EDJE (arXiv 2510.06820), section 3.
+
+    model = EDJE.from_pretrained("runs/demo")
+    tokens = model.compress(patch_tokens)             # [B, P, Dv] -> [B, m, H], once an image
+    logits = model.score(captions, tokens)            # B captions, [B, m, H] -> [B] float32
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import build_adapter
+from .captions import CaptionIds, CaptionTokenizer
+from .checkpoint import load_state, read_checkpoint, resolve_checkpoint, write_checkpoint
+from .config import EDJEConfig
+from .errors import UserError
+from .joint_encoder import JointEncoder
+
+SPECIAL_PIECES = 3
+"""[CLS], [SEP] after the caption, [SEP] after the vision tokens."""
+
+
+class MatchHead(nn.Module):
+    """BERT pooler (dense, tanh) on [CLS], then one logit: [Q, H] -> [Q] float32. No dropout, no sigmoid."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.out = nn.Linear(hidden_size, 1)
+
+    def pool(self, cls_QH: Tensor) -> Tensor:
+        # float32: in bfloat16 two near candidates tie and their order becomes arbitrary.
+        with torch.autocast(cls_QH.device.type, enabled=False):
+            return torch.tanh(self.dense(cls_QH.float()))
+
+    def forward(self, cls_QH: Tensor) -> Tensor:
+        with torch.autocast(cls_QH.device.type, enabled=False):
+            return self.out(self.pool(cls_QH)).squeeze(-1)
+
+
+class EDJE(nn.Module):
+    """The trained part of the model; the frozen backbone stays outside and is never saved with it."""
+
+    def __init__(self, config: EDJEConfig, tokenizer: CaptionTokenizer):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        width = config.encoder.hidden_size
+        self.adapter = build_adapter(config.adapter, config.dims.patch_width, width)
+        self.encoder = JointEncoder(config.encoder, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id)
+        self.match_head = MatchHead(width)
+        self.text_projection = nn.Linear(width, config.dims.embedding_width)
+        # CLIP's initial temperature, 1/0.07; used by the image-text contrast objective alone.
+        self.itc_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.similarity_weight = nn.Parameter(torch.tensor(1.0))
+        if config.residual_similarity:
+            # Training starts at the embedding's own ranking.
+            nn.init.zeros_(self.match_head.out.weight)
+            nn.init.zeros_(self.match_head.out.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_projection.weight.device
+
+    def compress(self, patch_tokens: Tensor) -> Tensor:
+        """[B, P, Dv] patch tokens of the backbone -> [B, m, H] vision tokens, in the adapter's dtype.
+
+        SigLIP 2 L/16-384: [B, 576, 1024] -> [B, 64, 384]. Raises UserError if P or Dv is another backbone's."""
+        dims = self.config.dims
+        if patch_tokens.shape[1:] != (dims.num_patches, dims.patch_width):
+            raise UserError(
+                f"patch tokens have shape {list(patch_tokens.shape)}; this model's backbone "
+                f"({self.config.backbone_fingerprint}) gives [B, {dims.num_patches}, {dims.patch_width}]"
+            )
+        return self.adapter(patch_tokens.to(self.text_projection.weight))
+
+    def match_logits(
+        self,
+        captions: CaptionIds,
+        tokens: Tensor,
+        caption_index: Tensor,
+        image_index: Tensor,
+        similarities: Tensor | None = None,
+    ) -> Tensor:
+        """Match logits of any Q pairs among C captions and N images, as one batch.
+
+        captions: C ragged captions; tokens: [N, m, H]; caption_index, image_index: [Q] int64; similarities: [Q]
+        first-stage cosines, needed exactly where the model was built with residual_similarity. Returns [Q] float32.
+        A pair's logit does not depend on the other pairs of the batch."""
+        captions = captions.truncate(self.config.max_caption_tokens - SPECIAL_PIECES)
+        packed = self.encoder.pack_pairs(captions, tokens, caption_index, image_index)
+        logits = self.match_head(self.encoder.encode(packed, packed.cls_rows))
+        if not self.config.residual_similarity:
+            return logits
+        if similarities is None:
+            raise UserError("this model adds the first-stage similarity to its logit; pass `similarities` [Q]")
+        return logits + self.similarity_weight.float() * similarities.float()
+
+    @torch.inference_mode()
+    def score(self, captions: list[str], tokens: Tensor, similarities: Tensor | None = None) -> Tensor:
+        """Match logits (not probabilities) of B raw captions with B images: tokens [B, m, H] -> [B] float32."""
+        if len(captions) != len(tokens):
+            raise UserError(f"{len(captions)} captions and {len(tokens)} images; score() takes one caption an image")
+        index = torch.arange(len(captions), device=self.device)
+        ids = self.tokenizer(captions).to(self.device)
+        tokens = tokens.to(self.text_projection.weight)
+        return self.match_logits(ids, tokens, index, index, similarities)
+
+    def text_cls(self, captions: CaptionIds) -> Tensor:
+        """[CLS] of a text-only pass, [C, H]: source of text-embedding recovery and of image-text contrast."""
+        packed = self.encoder.pack_captions(captions.truncate(self.config.max_caption_tokens - 2))
+        return self.encoder.encode(packed, packed.cls_rows)
+
+    def image_cls(self, tokens: Tensor) -> Tensor:
+        """[CLS] of a vision-only pass over [N, m, H], [N, H]: the image side of image-text contrast."""
+        packed = self.encoder.pack_images(tokens)
+        return self.encoder.encode(packed, packed.cls_rows)
+
+    def recover_text_embedding(self, text_cls: Tensor) -> Tensor:
+        """[C, H] -> [C, De], unnormalised: the prediction of text-embedding recovery."""
+        return self.text_projection(text_cls)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.yaml, model.safetensors and the tokenizer; the frozen backbone is named, never saved."""
+        write_checkpoint(Path(directory), self.config, self.state_dict(), self.tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, device: str | torch.device = "cpu") -> EDJE:
+        """Load a checkpoint directory, or a run directory's latest checkpoint; float32, evaluation mode, no network.
+
+        Raises UserError naming the file if anything is missing, truncated or misshapen."""
+        config, state, tokenizer = read_checkpoint(resolve_checkpoint(directory))
+        model = cls(config, tokenizer)
+        load_state(model, state)
+        return model.to(device).eval()
