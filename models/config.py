@@ -86,9 +86,7 @@ class EncoderConfig:
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
-            raise UserError(
-                f"encoder.hidden_size is {self.hidden_size}; it must be a multiple of encoder.num_heads ({self.num_heads})"
-            )
+            raise UserError(fX)
 
 
 @dataclass(frozen=True, kw_only=True)
