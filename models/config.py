@@ -86,7 +86,10 @@ class EncoderConfig:
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
-            raise UserError(fX)
+            raise UserError(
+                f"encoder.hidden_size is {self.hidden_size}; "
+                f"it must be a multiple of encoder.num_heads ({self.num_heads})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
