@@ -136,7 +136,8 @@ class EDJE(nn.Module):
         """Load a checkpoint directory, or a run directory's latest checkpoint; float32, evaluation mode, no network.
 
         Raises UserError naming the file if anything is missing, truncated or misshapen."""
-        config, state, tokenizer = read_checkpoint(resolve_checkpoint(directory))
+        directory = resolve_checkpoint(directory)
+        config, state, tokenizer = read_checkpoint(directory)
         model = cls(config, tokenizer)
-        load_state(model, state)
+        load_state(model, state, where=directory)
         return model.to(device).eval()
