@@ -1,0 +1,184 @@
+"""Write the embedded data set: rendered scenes with five captions each, in the layout of Flickr30k and COCO.
+
+    python -m data.scenes --out data_scenes
+    python -m data.scenes --out data_scenes --contact-sheet sheet.png
+
+Writes OUT/images/{train,val,test}/*.png and OUT/dataset_scenes.json (Karpathy layout). What the scenes are and why
+embeddings confuse them stands in data/scene_world.py. All splits together are drawn from one seed; the same arguments
+give the same bytes, and a second start with them finds the work done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from data.scene_captions import CaptionWriter
+from data.scene_rendering import render_scene
+from data.scene_world import Scene, draw_splits
+from models.errors import UserError, run_entry_point
+
+ANNOTATION_FILE = "dataset_scenes.json"
+FORMAT = 1
+"""Counted up when the same arguments begin to give other scenes, so that old folders are written anew."""
+
+
+def write_scenes(
+    out: str | Path, num_train: int = 6000, num_val: int = 500, num_test: int = 500, seed: int = 0, image_size: int = 64
+) -> Path:
+    """Write the data set into the folder `out` and return its annotation file.
+
+    The annotation file is written last and holds the arguments: where it stands with the same arguments, nothing is
+    done; where with others, the old data set is removed first.
+
+    Raises UserError for a negative count, an image size below 32, an annotation file that this module did not write,
+    and more images than the world has scenes."""
+    sizes = {"train": num_train, "val": num_val, "test": num_test}
+    for name, value, least in [*((split, n, 0) for split, n in sizes.items()), ("image size", image_size, 32)]:
+        if value < least:
+            raise UserError(f"scenes: {name} is {value}; it must be at least {least}")
+    generation = {"format": FORMAT, "seed": seed, "image_size": image_size, **sizes}
+    out = Path(out)
+    annotation_file = out / ANNOTATION_FILE
+    if annotation_file.exists():
+        previous = read_annotations(annotation_file)
+        if previous["generation"] == generation and all(
+            _image_file(out, image).exists() for image in previous["images"]
+        ):
+            return annotation_file
+        _remove(annotation_file, previous)
+    splits = draw_splits(sizes, seed)
+    images = list(_annotate(splits, seed))
+    scenes = [scene for split in splits.values() for scene in split]
+    for image, scene in zip(tqdm(images, desc="scenes", unit="image"), scenes, strict=True):
+        path = _image_file(out, image)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The seed is of the image, not of a running generator, so that pictures can be drawn in any order.
+        render_scene(scene, image_size, seed=f"{seed} {image['imgid']}").save(path)
+    _write_json(annotation_file, {"dataset": "scenes", "generation": generation, "images": images})
+    return annotation_file
+
+
+def read_annotations(file: Path) -> dict:
+    """The whole annotation file. Raises UserError if this module did not write it."""
+    try:
+        annotations = json.loads(file.read_text())
+        annotations["generation"], annotations["images"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{file}: not an annotation file of data.scenes; move it away or choose another --out"
+        ) from error
+    return annotations
+
+
+def _annotate(splits: dict[str, list[Scene]], seed: int) -> Iterator[dict]:
+    """Karpathy's record of each image, with the scene itself, its family and the number of objects as `subset`."""
+    writer = CaptionWriter([scene for scenes in splits.values() for scene in scenes], seed)
+    imgid = sentid = 0
+    for split, scenes in splits.items():
+        for _, siblings in groupby(scenes, key=attrgetter("family")):
+            siblings = list(siblings)
+            for scene, captions in zip(siblings, writer.write_family(siblings), strict=True):
+                sentids = list(range(sentid, sentid + len(captions)))
+                yield {
+                    "filepath": f"images/{split}",
+                    "filename": f"scene_{imgid:06d}.png",
+                    "split": split,
+                    "imgid": imgid,
+                    "sentids": sentids,
+                    "sentences": [
+                        {"raw": raw, "sentid": i, "imgid": imgid} for raw, i in zip(captions, sentids, strict=True)
+                    ],
+                    "subset": {2: "two objects", 3: "three objects"}[len(scene.objects)],
+                    "scene": asdict(scene),
+                }
+                imgid, sentid = imgid + 1, sentid + len(captions)
+
+
+def _image_file(out: Path, image: dict) -> Path:
+    return out / image["filepath"] / image["filename"]
+
+
+def _remove(annotation_file: Path, annotations: dict) -> None:
+    """Remove a data set, its annotation file first: what is left after a crash is not taken for a whole one."""
+    annotation_file.unlink()
+    for image in annotations["images"]:
+        _image_file(annotation_file.parent, image).unlink(missing_ok=True)
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".json.tmp")
+    with open(unfinished, "w") as stream:
+        json.dump(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(unfinished, file)
+
+
+def write_contact_sheet(annotation_file: Path, picture: str | Path) -> None:
+    """A picture of 24 test scenes at three times their size with one caption each; a row is a family of siblings."""
+    images = [image for image in read_annotations(annotation_file)["images"] if image["split"] == "test"]
+    families = [list(members) for _, members in groupby(images, key=lambda image: image["scene"]["family"])]
+    # Both numbers of objects, the largest families first.
+    families.sort(key=lambda members: (-len(members), members[0]["imgid"]))
+    rows = [
+        members[:6]
+        for subset in ("two objects", "three objects")
+        for members in [f for f in families if f[0]["subset"] == subset][:2]
+    ]
+    width, height, font = 210, 262, ImageFont.load_default(size=13)
+    sheet = Image.new("RGB", (6 * width, len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, members in enumerate(rows):
+        for column, image in enumerate(members):
+            corner = (column * width + 9, row * height + 6)
+            scene = Image.open(_image_file(annotation_file.parent, image))
+            sheet.paste(scene.resize((192, 192), Image.Resampling.NEAREST), corner)
+            caption = image["sentences"][row % len(image["sentences"])]["raw"]
+            draw.text((corner[0], corner[1] + 196), _wrap(caption, 192, font), fill="black", font=font, spacing=2)
+    sheet.save(picture)
+
+
+def _wrap(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="example: python -m data.scenes --out data_scenes"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder of the data set")
+    parser.add_argument("--train", type=int, default=6000, help="training images (default %(default)s)")
+    parser.add_argument("--val", type=int, default=500, help="validation images (default %(default)s)")
+    parser.add_argument("--test", type=int, default=500, help="test images (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="draws everything (default %(default)s)")
+    parser.add_argument("--image-size", type=int, default=64, help="side in pixels (default %(default)s)")
+    parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also draw 24 test scenes")
+    arguments = parser.parse_args()
+    annotation_file = write_scenes(
+        arguments.out, arguments.train, arguments.val, arguments.test, arguments.seed, arguments.image_size
+    )
+    if arguments.contact_sheet:
+        write_contact_sheet(annotation_file, arguments.contact_sheet)
+    print(annotation_file)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
