@@ -1,0 +1,55 @@
+"""Turn a checkpoint of the public EDJE implementation into one of ours.
+
+python scripts/import_checkpoint.py edje.pth --out checkpoints/edje
+python scripts/import_checkpoint.py tests/parity/tiny_m4/checkpoint.safetensors --out /tmp/tiny \
+    --config tests/parity/tiny_m4/config.json
+
+The file is a .pth or .safetensors in the layout of the Hub's shahafw/edje-vl-image-retrieval-reranker, or a directory
+with one. --config gives what tensors cannot tell (head counts, activation, epsilons, vocabulary); it is needed where
+the file does not name a backbone and language model that are known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models.checkpoint import load_state
+from models.edje import EDJE
+from models.errors import run_entry_point
+from models.published import read_published
+
+OURS_ALONE = ("itc_logit_scale", "similarity_weight")
+"""Parameters that the published model lacks; no published objective or logit uses them."""
+
+
+def import_checkpoint(source: Path, out: Path, config_json: Path | None) -> EDJE:
+    """Import `source`, write it to `out` and return the model. Raises UserError before anything is written."""
+    config, state, tokenizer, unused = read_published(source, config_json)
+    model = EDJE(config, tokenizer)
+    initial = model.state_dict()
+    load_state(model, state | {name: initial[name] for name in OURS_ALONE}, where=source)
+    model.save_pretrained(out)
+    for name in unused:
+        print(f"not used: {name}")
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="FILE_OR_DIR", help="published checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to write")
+    parser.add_argument("--config", type=Path, metavar="FILE.json", help="config.json with a vocab.txt beside it")
+    arguments = parser.parse_args()
+    model = import_checkpoint(arguments.source, arguments.out, arguments.config)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{arguments.out}: {parameters:,} parameters, {model.config.num_vision_tokens} vision tokens an image")
+    if not model.config.backbone.name:
+        print(f"The file names no known backbone; set backbone in {arguments.out / 'config.yaml'} before using images.")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
