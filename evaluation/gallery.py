@@ -1,0 +1,216 @@
+"""The gallery of an evaluation: embeddings of images and captions, and each image's vision tokens, computed once.
+
+Images and captions are processed in fixed blocks that are dealt out to the ranks and shared block by block: a block's
+arithmetic does not depend on who computes it, so neither does any score. Letters: N images, C captions, m vision
+tokens, H joint encoder width, De embedding width, P patch tokens, Dv patch width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from data.caption_datasets import CaptionDataset
+from models.backbone import Backbone
+from models.checkpoint import adapter_fingerprint
+from models.edje import EDJE
+from models.errors import UserError
+from models.images import open_image
+from models.ranks import Ranks
+from models.token_store import TokenStore
+
+IMAGES_PER_BLOCK = 32
+CAPTIONS_PER_BLOCK = 256
+READER_THREADS = 4
+"""Pillow decodes and resizes outside Python's lock; more threads than this only queue behind the backbone."""
+
+
+@dataclass
+class Stopwatch:
+    """Wall-clock seconds by part; waits for the device, so that a part's work is counted in that part."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What both directions rank and rerank."""
+
+    dataset: CaptionDataset
+    image_embeddings: Tensor
+    """[N, De] float32, normalised."""
+    text_embeddings: Tensor
+    """[C, De] float32, normalised."""
+    tokens: Callable[[Tensor], Tensor]
+    """Image numbers [n] int64 (CPU) -> their vision tokens [n, m, H] on the model's device."""
+
+
+def blocks(total: int, size: int) -> list[slice]:
+    """0 .. total - 1 in slices of `size`, the last one shorter."""
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def build_gallery(
+    model: EDJE,
+    backbone: Backbone | None,
+    dataset: CaptionDataset,
+    ranks: Ranks,
+    store: TokenStore | None = None,
+    caption_store: TokenStore | None = None,
+    watch: Stopwatch | None = None,
+    progress: bool = False,
+) -> Gallery:
+    """Encode a data set, or read it from stores: `store` of patch tokens or of this model's compressed tokens,
+    `caption_store` of text embeddings. `backbone` may be None where both stores are given.
+
+    Raises UserError if backbone or store belong to another model, or an image cannot be read."""
+    watch = watch or Stopwatch(ranks.device)
+    _check_backbone(model, backbone, store, caption_store)
+    if caption_store is not None:
+        text_embeddings = caption_store.gather_embeddings(dataset.captions).to(ranks.device)
+    else:
+        with watch.part("backbone"):
+            text_embeddings = _encode_captions(backbone, dataset.captions, ranks, progress)
+    if store is None:
+        image_embeddings, tokens = _encode_images(model, backbone, dataset, ranks, watch, progress)
+    elif store.manifest.adapter:
+        rows = store.rows(dataset.image_ids)
+        image_embeddings = store.gather_embedding_rows(rows).to(ranks.device)
+        return Gallery(dataset, image_embeddings, text_embeddings, _StoredTokens(store, rows, ranks.device))
+    else:
+        image_embeddings, tokens = _compress_stored(model, dataset, store, ranks, watch, progress)
+    return Gallery(dataset, image_embeddings, text_embeddings, lambda images: tokens[images.to(tokens.device)])
+
+
+@dataclass(frozen=True)
+class _StoredTokens:
+    """Compressed tokens that are read as they are needed: a large gallery does not fit into memory."""
+
+    store: TokenStore
+    rows: np.ndarray
+    device: torch.device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.store.gather_rows(self.rows[images.numpy()]).to(self.device).float()
+
+
+def _check_backbone(
+    model: EDJE, backbone: Backbone | None, store: TokenStore | None, caption_store: TokenStore | None
+) -> None:
+    expected = model.config.backbone_fingerprint
+    if backbone is None:
+        if store is None or caption_store is None:
+            raise UserError("an evaluation without backbone needs a token store and a caption store; give both")
+    elif backbone.fingerprint != expected:
+        raise UserError(
+            f"the backbone is {backbone.fingerprint}, the checkpoint was trained with {expected}; "
+            "evaluate with the backbone that the checkpoint names"
+        )
+    if store is not None:
+        compressed = bool(store.manifest.adapter)
+        store.check(
+            backbone=expected, adapter=adapter_fingerprint(model.config, model.state_dict()) if compressed else None
+        )
+    if caption_store is not None:
+        caption_store.check(backbone=expected, adapter=None)
+
+
+def _encode_captions(backbone: Backbone, captions: Sequence[str], ranks: Ranks, progress: bool) -> Tensor:
+    """[C, De] float32."""
+    embeddings = torch.empty(len(captions), backbone.dims.embedding_width, device=ranks.device)
+    parts = blocks(len(captions), CAPTIONS_PER_BLOCK)
+    for part in _progress(_own(parts, ranks), "captions", progress):
+        embeddings[part] = backbone.encode_texts(captions[part])
+    _share(embeddings, parts, ranks)
+    return embeddings
+
+
+def _encode_images(
+    model: EDJE, backbone: Backbone, dataset: CaptionDataset, ranks: Ranks, watch: Stopwatch, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """One backbone pass an image: embeddings [N, De] and compressed tokens [N, m, H]."""
+    embeddings = torch.empty(len(dataset), backbone.dims.embedding_width, device=ranks.device)
+    tokens = _empty_tokens(model, len(dataset), ranks)
+    parts = blocks(len(dataset), IMAGES_PER_BLOCK)
+    own = _own(parts, ranks)
+    for part, pixels in zip(_progress(own, "images", progress), _read_ahead(backbone, dataset, own), strict=True):
+        with watch.part("backbone"):
+            features = backbone.encode_images(pixels)
+        with watch.part("compress"):
+            embeddings[part] = features.embedding
+            tokens[part] = model.compress(features.patch_tokens)
+    _share(embeddings, parts, ranks)
+    _share(tokens, parts, ranks)
+    return embeddings, tokens
+
+
+def _compress_stored(
+    model: EDJE, dataset: CaptionDataset, store: TokenStore, ranks: Ranks, watch: Stopwatch, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """Stored patch tokens, compressed by the model's adapter: embeddings [N, De] and tokens [N, m, H]."""
+    rows = store.rows(dataset.image_ids)
+    tokens = _empty_tokens(model, len(dataset), ranks)
+    parts = blocks(len(dataset), IMAGES_PER_BLOCK)
+    for part in _progress(_own(parts, ranks), "stored tokens", progress):
+        with watch.part("compress"):
+            tokens[part] = model.compress(store.gather_rows(rows[part]).to(ranks.device))
+    _share(tokens, parts, ranks)
+    return store.gather_embedding_rows(rows).to(ranks.device), tokens
+
+
+def _empty_tokens(model: EDJE, num_images: int, ranks: Ranks) -> Tensor:
+    config = model.config
+    return torch.empty(num_images, config.num_vision_tokens, config.encoder.hidden_size, device=ranks.device)
+
+
+def _own(parts: list[slice], ranks: Ranks) -> list[slice]:
+    return parts[ranks.rank :: ranks.size]
+
+
+def _share(values: Tensor, parts: list[slice], ranks: Ranks) -> None:
+    """Give every rank the blocks that the others computed."""
+    if ranks.size > 1:
+        for number, part in enumerate(parts):
+            dist.broadcast(values[part], src=number % ranks.size)
+
+
+def _read_ahead(backbone: Backbone, dataset: CaptionDataset, parts: list[slice]) -> Iterator[Tensor]:
+    """Preprocessed images [n, 3, S, S] of each block; the next block is read while this one is computed."""
+
+    def read(image: int) -> Tensor:
+        return backbone.preprocess(open_image(dataset.path(image)))
+
+    with ThreadPoolExecutor(READER_THREADS) as readers:
+        pending = deque()
+        for part in [*parts, None]:
+            if part is not None:
+                pending.append([readers.submit(read, image) for image in range(part.start, part.stop)])
+            if len(pending) > (part is not None):
+                yield torch.stack([future.result() for future in pending.popleft()])
+
+
+def _progress(parts: list[slice], name: str, shown: bool) -> tqdm:
+    return tqdm(parts, desc=name, unit="block", disable=not shown, dynamic_ncols=True, leave=False)

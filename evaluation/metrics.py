@@ -1,0 +1,62 @@
+"""Retrieval metrics: plain functions of rankings, shared by every column of a table, so all have one denominator.
+
+The right answer is decided by image numbers: a candidate is right when its image is the query's. Text to image: a
+caption's query_image is its image, candidates are the images 0 .. N-1. Image to text: candidates are captions, each
+with its image, so any of an image's (five) captions is right: the protocol of Flickr30k and COCO.
+
+Letters: Q queries, D depth of a ranking, N candidates in the gallery.
+
+    hits = right_answers(rankings, query_image, item_image)       # [Q, D] bool
+    recalls(hits)                                                 # {"R@1": 84.3, "R@5": 96.6, "R@10": 97.9}
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+RECALL_DEPTHS = (1, 5, 10)
+"""The depths that the field reports."""
+
+
+def right_answers(rankings: np.ndarray, query_image: np.ndarray, item_image: np.ndarray) -> np.ndarray:
+    """Which ranked candidates are right.
+
+    rankings: [Q, D] int64 candidate numbers, best first; query_image: [Q] image of each query; item_image: [N] image
+    of each candidate. Returns [Q, D] bool."""
+    return item_image[rankings] == query_image[:, None]
+
+
+def recall_at_k(hits: np.ndarray, k: int) -> float:
+    """Percent of the Q queries with a right answer among the first k: hits [Q, D] bool.
+
+    A query that has no right answer at all counts as a miss. Beyond D nothing more is found, so D must be at least
+    min(k, N)."""
+    return 100.0 * float(hits[:, :k].any(axis=1).mean())
+
+
+def recalls(hits: np.ndarray) -> dict[str, float]:
+    """R@1, R@5 and R@10 in percent, for hits [Q, D] bool with D at least min(10, N)."""
+    return {f"R@{k}": recall_at_k(hits, k) for k in RECALL_DEPTHS}
+
+
+def helped_and_hurt(before: np.ndarray, after: np.ndarray) -> tuple[int, int]:
+    """Queries whose first candidate became right, and those whose first candidate became wrong; hits [Q, D] bool."""
+    return int((after[:, 0] & ~before[:, 0]).sum()), int((before[:, 0] & ~after[:, 0]).sum())
+
+
+def gain_interval(before: np.ndarray, after: np.ndarray, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95% interval of the gain in R@1, in percentage points: paired bootstrap over the Q queries; hits [Q, D] bool.
+
+    A query's gain is -1, 0 or 1, so drawing Q queries with replacement is drawing the three counts from a
+    multinomial: exact, and as fast for 25,010 queries as for 10. The same seed gives the same interval."""
+    helped, hurt = helped_and_hurt(before, after)
+    queries = len(before)
+    shares = np.array([helped, hurt, queries - helped - hurt]) / queries
+    drawn = np.random.default_rng(seed).multinomial(queries, shares, size=resamples)
+    low, high = np.percentile(100.0 * (drawn[:, 0] - drawn[:, 1]) / queries, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def first_right_rank(hits: np.ndarray) -> np.ndarray:
+    """[Q, D] bool -> [Q] int64: 0-based rank of the first right answer, D where there is none."""
+    return np.where(hits.any(axis=1), hits.argmax(axis=1), hits.shape[1])

@@ -1,0 +1,164 @@
+"""What an evaluation found: candidates and scores of every query, and the rankings and recalls that follow from them.
+
+Three columns rank the same candidates, by one function: `embedding` (the first stage), `reranked` (the first k
+reordered by the match logit alone, the paper's protocol) and `fused` (by logit + lambda * cosine, BLIP's protocol).
+Letters: Q queries, N candidates in the gallery, D candidates kept a query, k of them reranked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .metrics import gain_interval, helped_and_hurt, recall_at_k, recalls, right_answers
+
+LAMBDA_GRID = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
+"""Logits differ by units and cosines by hundredths, so the grid reaches from the logit alone to the embedding alone."""
+
+
+@dataclass(frozen=True)
+class DirectionResults:
+    """One direction: text to image (queries are captions) or image to text (queries are images)."""
+
+    query_image: np.ndarray
+    """[Q] int64: image number of each query."""
+    item_image: np.ndarray
+    """[N] int64: image number of each candidate."""
+    candidates: np.ndarray
+    """[Q, D] int64: the embedding's first D candidates, best first."""
+    similarities: np.ndarray
+    """[Q, D] float32: their cosines."""
+    logits: np.ndarray
+    """[Q, k] float32: match logits of the first k."""
+    fusion_lambda: float | None = None
+
+    @property
+    def k(self) -> int:
+        return self.logits.shape[1]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that there are; `fused` needs a lambda."""
+        return ("embedding", "reranked") if self.fusion_lambda is None else ("embedding", "reranked", "fused")
+
+    def scores(self, column: str) -> np.ndarray:
+        """[Q, k] float32: what `column` orders the pool by."""
+        if column == "embedding":
+            return self.similarities[:, : self.k]
+        if column == "reranked":
+            return self.logits
+        return self.logits + np.float32(self.fusion_lambda) * self.similarities[:, : self.k]
+
+    def rankings(self, column: str, pool: int | None = None) -> np.ndarray:
+        """[Q, D] candidates, best first. Of equal scores the first stage's first; below the pool its order stands.
+
+        pool: rerank only the first `pool` candidates (at most k, the default)."""
+        pool = self.k if pool is None else pool
+        order = np.argsort(-self.scores(column)[:, :pool], axis=1, kind="stable")
+        reordered = np.take_along_axis(self.candidates[:, :pool], order, axis=1)
+        return np.concatenate([reordered, self.candidates[:, pool:]], axis=1)
+
+    def hits(self, column: str, pool: int | None = None) -> np.ndarray:
+        """[Q, D] bool: which candidates of `rankings(column, pool)` are right."""
+        return right_answers(self.rankings(column, pool), self.query_image, self.item_image)
+
+    def of_queries(self, chosen: np.ndarray) -> DirectionResults:
+        """These queries alone (mask or numbers [q]); the gallery stays whole."""
+        return replace(
+            self,
+            query_image=self.query_image[chosen],
+            candidates=self.candidates[chosen],
+            similarities=self.similarities[chosen],
+            logits=self.logits[chosen],
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """One direction of results.json: recalls in percent, intervals in percentage points."""
+        hits = {column: self.hits(column) for column in self.columns}
+        summary: dict[str, Any] = {column: recalls(hits[column]) for column in self.columns}
+        summary["pool_ceiling"] = recall_at_k(hits["embedding"], self.k)
+        summary |= _gain(hits["embedding"], hits["reranked"])
+        if self.fusion_lambda is not None:
+            summary["fused"]["lambda"] = self.fusion_lambda
+            summary |= {f"fused_{key}": value for key, value in _gain(hits["embedding"], hits["fused"]).items()}
+        return summary
+
+
+def _gain(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    helped, hurt = helped_and_hurt(before, after)
+    return {"helped": helped, "hurt": hurt, "gain_R@1_ci95": list(gain_interval(before, after))}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Both directions of one evaluation."""
+
+    t2i: DirectionResults
+    i2t: DirectionResults
+    image_subsets: Sequence[str | None]
+    """[N images] part of the split that an image belongs to; None: none."""
+    seconds: dict[str, float]
+    """backbone, compress, rerank: wall-clock seconds of rank 0."""
+    precision: str
+    """Arithmetic of the joint encoder: float32 or bfloat16."""
+
+    @property
+    def num_images(self) -> int:
+        return len(self.t2i.item_image)
+
+    @property
+    def num_captions(self) -> int:
+        return len(self.i2t.item_image)
+
+    @property
+    def pairs_per_second(self) -> float:
+        """Reranked pairs of both directions, over all ranks."""
+        return (self.t2i.logits.size + self.i2t.logits.size) / max(self.seconds["rerank"], 1e-9)
+
+    def with_lambda(self, fusion_lambda: float | None) -> Results:
+        """The same scores, fused with another lambda; None: without `fused`."""
+        t2i, i2t = (replace(direction, fusion_lambda=fusion_lambda) for direction in (self.t2i, self.i2t))
+        return replace(self, t2i=t2i, i2t=i2t)
+
+    def subset(self, name: str) -> Results:
+        """The queries whose image is of this subset, among all candidates."""
+        chosen = np.array([subset == name for subset in self.image_subsets])
+        t2i, i2t = (direction.of_queries(chosen[direction.query_image]) for direction in (self.t2i, self.i2t))
+        return replace(self, t2i=t2i, i2t=i2t)
+
+    def subset_names(self) -> list[str]:
+        return sorted({name for name in self.image_subsets if name is not None})
+
+    def summary(self) -> dict[str, Any]:
+        """results.json without the names of checkpoint, data set and split."""
+        summary: dict[str, Any] = {
+            "k": self.t2i.k,
+            "images": self.num_images,
+            "captions": self.num_captions,
+            "t2i": self.t2i.summary(),
+            "i2t": self.i2t.summary(),
+            "seconds": self.seconds,
+            "pairs_per_second": self.pairs_per_second,
+            "precision": self.precision,
+        }
+        subsets = {name: self.subset(name) for name in self.subset_names()}
+        if subsets:
+            summary["subsets"] = {
+                name: {"t2i": part.t2i.summary(), "i2t": part.i2t.summary()} for name, part in subsets.items()
+            }
+        return summary
+
+
+def choose_lambda(validation: Results, grid: Sequence[float] = LAMBDA_GRID) -> float:
+    """The lambda of `grid` with the highest mean of T2I and I2T R@1 on validation queries.
+
+    Of equal ones the smallest, which changes the match logit's own ranking least."""
+
+    def mean_recall(fusion_lambda: float) -> float:
+        fused = validation.with_lambda(fusion_lambda)
+        return (recall_at_k(fused.t2i.hits("fused"), 1) + recall_at_k(fused.i2t.hits("fused"), 1)) / 2
+
+    return max(sorted(grid), key=mean_recall)

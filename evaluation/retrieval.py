@@ -1,0 +1,207 @@
+"""Evaluate retrieval in both directions: first stage by embedding, then all queries' pairs reranked together.
+
+No loop over queries: the pairs of all queries are one list, ordered by caption length so that a micro-batch holds
+similar lengths, and cut into fixed micro-batches that are dealt out to the ranks. A micro-batch's arithmetic does not
+depend on who computes it, so the rankings are the same, bit for bit, for any number of processes. Letters: Q queries,
+N candidates, C captions, k candidates reranked a query, D kept, De embedding width.
+
+    results = evaluate(model, backbone, dataset, ranks, k=10)
+    results.t2i.summary()["reranked"]["R@1"]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.caption_datasets import CaptionDataset
+from models.backbone import Backbone
+from models.captions import CaptionIds
+from models.edje import EDJE, SPECIAL_PIECES
+from models.errors import UserError
+from models.precision import fastest_dtype
+from models.ranks import Ranks
+from models.token_store import TokenStore
+
+from .gallery import Gallery, Stopwatch, blocks, build_gallery
+from .metrics import RECALL_DEPTHS
+from .results import DirectionResults, Results
+
+QUERIES_PER_BLOCK = 256
+DIRECTIONS = ("t2i", "i2t")
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The first stage's candidates, best first."""
+
+    ids: Tensor
+    """[Q, D] int64."""
+    similarities: Tensor
+    """[Q, D] float32 cosines."""
+
+
+def evaluate(
+    model: EDJE,
+    backbone: Backbone | None,
+    dataset: CaptionDataset,
+    ranks: Ranks,
+    k: int = 10,
+    store: TokenStore | None = None,
+    caption_store: TokenStore | None = None,
+    dtype: torch.dtype | None = None,
+    pairs_per_batch: int | None = None,
+    progress: bool = False,
+) -> Results:
+    """Embedding alone and EDJE on one split, text to image and image to text; the same Results on every rank.
+
+    k: candidates reranked a query. store: patch tokens, or this model's compressed tokens; caption_store: text
+    embeddings; with both, `backbone` may be None. dtype: of the joint encoder, by default the device's fastest.
+    `fused` is in the results if the model's config has a fusion_lambda. Raises UserError if k exceeds the gallery,
+    or backbone, store or an image file is not usable."""
+    check_pool(k, dataset)
+    dtype = dtype or ranks.gather_objects(fastest_dtype(ranks.device))[0]
+    watch = Stopwatch(ranks.device, {"backbone": 0.0, "compress": 0.0, "rerank": 0.0})
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        gallery = build_gallery(model, backbone, dataset, ranks, store, caption_store, watch, progress)
+        directions = {}
+        for direction in DIRECTIONS:
+            pools = first_stage(*_embeddings(gallery, direction), depth=max(k, *RECALL_DEPTHS))
+            with watch.part("rerank"):
+                logits = rerank_pools(model, gallery, pools, direction, k, ranks, dtype, pairs_per_batch, progress)
+            directions[direction] = _direction_results(dataset, direction, pools, logits, model.config.fusion_lambda)
+    model.train(was_training)
+    precision = str(dtype).removeprefix("torch.")
+    return Results(**directions, image_subsets=dataset.subsets, seconds=watch.seconds, precision=precision)
+
+
+def check_pool(k: int, dataset: CaptionDataset) -> None:
+    """Raises UserError unless 1 <= k <= number of candidates in both directions."""
+    smallest = min(len(dataset), len(dataset.captions))
+    if not 1 <= k <= smallest:
+        raise UserError(
+            f"k is {k}, but the gallery has {len(dataset)} images and {len(dataset.captions)} captions; "
+            f"choose k from 1 to {smallest}"
+        )
+
+
+def first_stage(queries: Tensor, items: Tensor, depth: int) -> Pools:
+    """The `depth` items of highest cosine for each query: queries [Q, De], items [N, De], both normalised.
+
+    Equal similarities are ordered by item number. Returns all N where depth exceeds N."""
+    depth = min(depth, len(items))
+    items = items.double()
+    numbers = torch.arange(len(items), device=items.device)
+    ids, similarities = [], []
+    for part in blocks(len(queries), QUERIES_PER_BLOCK):
+        # float64, rounded to float32: items with the same embedding tie exactly, wherever they lie in the product.
+        cosine = (queries[part].double() @ items.T).float()
+        best = (_ordered_integers(cosine) * len(items) - numbers).topk(depth, dim=1).indices
+        ids.append(best)
+        similarities.append(cosine.gather(1, best))
+    return Pools(torch.cat(ids), torch.cat(similarities))
+
+
+def _ordered_integers(values: Tensor) -> Tensor:
+    """float32 -> int64 in the same order, so that a tie-breaking number fits below. Values are finite."""
+    bits = (values + 0.0).view(torch.int32).long()  # + 0.0: -0.0 becomes 0.0
+    return torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+
+
+def rerank_pools(
+    model: EDJE,
+    gallery: Gallery,
+    pools: Pools,
+    direction: str,
+    k: int,
+    ranks: Ranks,
+    dtype: torch.dtype = torch.float32,
+    pairs_per_batch: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Match logits [Q, k] float32 (CPU) of the first k candidates of every query, on every rank.
+
+    direction: `t2i` (queries are captions) or `i2t` (queries are images)."""
+    pairs = _PairList.of(model, gallery, pools, direction, k)
+    size = pairs_per_batch or (128 if ranks.device.type == "cpu" else 1024)
+    own = blocks(len(pairs), size)[ranks.rank :: ranks.size]
+    bar = tqdm(own, desc=f"rerank {direction}", unit="batch", disable=not progress, dynamic_ncols=True, leave=False)
+    scored = [pairs.logits(model, gallery, part, dtype) for part in bar]
+    return _collect(scored, len(pairs), ranks).view(len(pools.ids), k)
+
+
+@dataclass(frozen=True)
+class _PairList:
+    """Every pair of one direction, shortest captions first: number in [0, Q * k), caption, image, cosine."""
+
+    captions: CaptionIds
+    number: Tensor
+    caption: Tensor
+    image: Tensor
+    similarity: Tensor
+
+    @classmethod
+    def of(cls, model: EDJE, gallery: Gallery, pools: Pools, direction: str, k: int) -> _PairList:
+        captions = model.tokenizer(gallery.dataset.captions).truncate(model.config.max_caption_tokens - SPECIAL_PIECES)
+        candidates = pools.ids[:, :k].flatten().cpu()
+        queries = torch.arange(len(pools.ids)).repeat_interleave(k)
+        caption, image = (queries, candidates) if direction == "t2i" else (candidates, queries)
+        number = captions.lengths[caption].argsort(stable=True)
+        similarity = pools.similarities[:, :k].flatten().cpu()[number]
+        return cls(captions, number, caption[number], image[number], similarity)
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def logits(self, model: EDJE, gallery: Gallery, part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Numbers and match logits of the pairs of one micro-batch; each of its images is fetched once."""
+        captions, caption_index = self.caption[part].unique(return_inverse=True)
+        images, image_index = self.image[part].unique(return_inverse=True)
+        device = model.device
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = model.match_logits(
+                self.captions.select(captions).to(device),
+                gallery.tokens(images),
+                caption_index.to(device),
+                image_index.to(device),
+                self.similarity[part].to(device) if model.config.residual_similarity else None,
+            )
+        return self.number[part], logits.cpu()
+
+
+def _collect(scored: list[tuple[Tensor, Tensor]], total: int, ranks: Ranks) -> Tensor:
+    """Logits of all ranks' pairs in order of pair number, [total]; every pair must come back exactly once."""
+    mine = tuple(torch.cat([item[i] for item in scored]).numpy() if scored else np.empty(0) for i in (0, 1))
+    numbers, logits = (np.concatenate(column) for column in zip(*ranks.gather_objects(mine), strict=True))
+    times = np.bincount(numbers.astype(np.int64), minlength=total)
+    assert len(times) == total and (times == 1).all(), "a pair was scored twice or not at all"
+    ordered = np.empty(total, dtype=np.float32)
+    ordered[numbers.astype(np.int64)] = logits
+    return torch.from_numpy(ordered)
+
+
+def _embeddings(gallery: Gallery, direction: str) -> tuple[Tensor, Tensor]:
+    """Embeddings of queries and of candidates."""
+    text, image = gallery.text_embeddings, gallery.image_embeddings
+    return (text, image) if direction == "t2i" else (image, text)
+
+
+def _direction_results(
+    dataset: CaptionDataset, direction: str, pools: Pools, logits: Tensor, fusion_lambda: float | None
+) -> DirectionResults:
+    caption_image, images = dataset.caption_image, np.arange(len(dataset))
+    query_image, item_image = (caption_image, images) if direction == "t2i" else (images, caption_image)
+    return DirectionResults(
+        query_image=query_image,
+        item_image=item_image,
+        candidates=pools.ids.cpu().numpy(),
+        similarities=pools.similarities.cpu().numpy(),
+        logits=logits.numpy(),
+        fusion_lambda=fusion_lambda,
+    )
