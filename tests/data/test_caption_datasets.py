@@ -1,0 +1,102 @@
+"""Annotations: both layouts read alike, and every wrong row is an error that names it."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from data.caption_datasets import load_annotations
+from models.errors import UserError
+
+
+def karpathy(*images) -> dict:
+    """Images as (filename, split, captions)."""
+    keys = ("filename", "split", "sentences")
+    return {"images": [dict(zip(keys, (f, s, [{"raw": c} for c in cs]), strict=True)) for f, s, cs in images]}
+
+
+def load(tmp_path, document, split="test", **options):
+    file = tmp_path / "captions.json"
+    file.write_text(document if isinstance(document, str) else json.dumps(document))
+    return load_annotations(file, tmp_path, split, **options)
+
+
+def test_karpathy_split_keeps_order_and_captions(tmp_path):
+    document = karpathy(("b.jpg", "test", ["one", "Two"]), ("x.jpg", "train", ["no"]), ("a.jpg", "test", ["three"]))
+    document["images"][2]["filepath"] = "val2014"
+    document["images"][2]["subset"] = "style"
+    dataset = load(tmp_path, document)
+    assert dataset.image_ids == ["b.jpg", "val2014/a.jpg"] and len(dataset) == 2
+    assert dataset.captions == ["one", "Two", "three"]
+    assert dataset.caption_image.tolist() == [0, 0, 1] and dataset.caption_image.dtype == "int64"
+    assert dataset.subsets == [None, "style"]
+    assert dataset.path(1) == tmp_path / "val2014" / "a.jpg"
+
+
+def test_every_caption_lies_in_its_images_range(tmp_path):
+    counts = [3, 1, 5, 2]
+    dataset = load(tmp_path, karpathy(*((f"{i}.jpg", "test", [f"{i}"] * n) for i, n in enumerate(counts))))
+    for image, count in enumerate(counts):
+        start, stop = dataset.caption_range(image)
+        assert dataset.captions[start:stop] == [str(image)] * count
+
+
+def test_restval_counts_as_train(tmp_path):
+    document = karpathy(("a.jpg", "train", ["x"]), ("b.jpg", "restval", ["y"]), ("c.jpg", "val", ["z"]))
+    assert load(tmp_path, document, "train").image_ids == ["a.jpg", "b.jpg"]
+    assert load(tmp_path, document, "val").image_ids == ["c.jpg"]
+
+
+def test_a_list_with_a_row_a_caption_equals_one_with_lists(tmp_path):
+    rows = [
+        {"image": "a.jpg", "caption": "one"},
+        {"image": "b.jpg", "caption": "x"},
+        {"image": "a.jpg", "caption": "two"},
+    ]
+    lists = [{"image": "a.jpg", "caption": ["one", "two"]}, {"image": "b.jpg", "caption": ["x"]}]
+    first, second = load(tmp_path, rows), load(tmp_path, lists)
+    assert first.image_ids == second.image_ids == ["a.jpg", "b.jpg"]
+    assert first.captions == second.captions == ["one", "two", "x"]
+    assert first.caption_image.tolist() == second.caption_image.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("", "not valid JSON"),
+        ('{"images": [{"filen', "not valid JSON"),
+        ({"annotations": []}, "expected"),
+        ({"images": []}, "lists no images"),
+        ([], "lists no images"),
+        (karpathy(("a.jpg", "train", ["x"])), r"no split 'test'; there are train \(1 images\)"),
+        (karpathy(("a.jpg", "test", [])), "'a.jpg' has no captions"),
+        (karpathy(("a.jpg", "test", ["x", "  \n"])), "'a.jpg' has an empty caption"),
+        (karpathy(("a.jpg", "test", [7])), "'a.jpg' has the caption 7; expected text"),
+        (karpathy(("a.jpg", "test", ["x"]), ("a.jpg", "test", ["y"])), "'a.jpg' is listed twice"),
+        ({"images": [{"filename": "a.jpg", "split": "test", "sentences": "a cat"}]}, "expected a list"),
+        ({"images": [{"split": "test"}]}, r"images\[0\] has no \"filename\""),
+        ([{"image": "a.jpg"}], "row 0 lacks"),
+        ([{"image": "a.jpg", "caption": None}], "'a.jpg' has the caption None"),
+        ([{"image": "a.jpg", "caption": []}], "'a.jpg' has no captions"),
+        ([{"image": "a.jpg", "caption": ["x"]}, {"image": "a.jpg", "caption": ["y"]}], "two lists of captions"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_an_error_of_one_line_that_names_it(tmp_path, document, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, document)
+    assert "captions.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_or_a_directory_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="absent.json: no such file"):
+        load_annotations(tmp_path / "absent.json", tmp_path, "test")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_annotations(tmp_path, tmp_path, "test")
+
+
+def test_missing_images_are_counted_and_the_first_named(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    document = karpathy(*((f"{name}.png", "test", ["x"]) for name in "abc"))
+    with pytest.raises(UserError, match=r"b.png: no such image; 2 of the 3 images"):
+        load(tmp_path, document, check_images=True)
+    assert len(load(tmp_path, karpathy(("a.png", "test", ["x"])), check_images=True)) == 1
