@@ -1,0 +1,46 @@
+"""Train EDJE: a frozen backbone, a token-compression adapter and a small joint encoder.
+
+One process:  python train.py --config configs/demo.yaml
+Eight GPUs:   torchrun --nproc_per_node=8 train.py --config configs/pretrain_siglip2_l16.yaml output=runs/NAME
+Override:     python train.py --config configs/demo.yaml training.lr=1e-4 data.root=DIR
+Resume:       the same command; it continues after the last complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from data.neighbours import CaptionKeys
+from models.errors import run_entry_point
+from models.ranks import process_group
+from training.config import RunConfig, load_config
+from training.loop import Run, build_optimizer, train
+from training.objectives import Objectives
+from training.setup import build_batches, build_model, load_split, load_teacher, open_features
+
+
+def parse_arguments() -> RunConfig:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.lr=1e-4 output=runs/NAME")
+    arguments = parser.parse_args()
+    return load_config(arguments.config, arguments.overrides)
+
+
+def main() -> None:
+    config = parse_arguments()
+    with process_group(config.device) as ranks:
+        dataset = load_split(config, config.data.train_split)
+        validation = load_split(config, config.data.val_split) if config.data.val_split else None
+        features = open_features(config, ranks)  # patch-token stores, or the frozen backbone: one copy
+        model = build_model(config, features, dataset, ranks).to(ranks.device)
+        teacher = load_teacher(config, features, model, ranks)  # None unless a distillation asks for it
+        keys = CaptionKeys(dataset)
+        batches = build_batches(config, features, dataset, keys, ranks)  # knows what each step reads: resumes anywhere
+        objectives = Objectives(config.objectives, config.negatives, config.seed, ranks, teacher)
+        run = Run(config, model, build_optimizer(model, config.training), ranks)
+        train(run, batches, features, keys, objectives, validation)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

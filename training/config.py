@@ -1,0 +1,290 @@
+"""A run's whole configuration: frozen dataclasses, YAML files with `base:`, dotted overrides, validation.
+
+    config = load_config("configs/emoji.yaml", ["data.root=DIR", "training.lr=1e-4"])
+
+A key that does not exist, a value of the wrong type or an impossible combination is a UserError that names the key,
+its file and the nearest valid key. Sizes are global: a file means the same on 1 and on 8 GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from models.config import AdapterConfig, BackboneConfig, EncoderConfig
+from models.config_io import from_dict, to_dict
+from models.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The trained part: adapter, joint encoder, and what they start from."""
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    encoder_weights: str = ""
+    """BERT weights to start from: Hugging Face name, directory, or package:NAME/FOLDER of a pip package. Published:
+    microsoft/MiniLM-L12-H384-uncased. Empty: `encoder` sizes, random weights, a vocabulary of the training captions."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Sizes of an encoder from scratch; of pretrained weights only the dropout rates are taken from here."""
+    init_from: str = ""
+    """EDJE checkpoint to start from (fine-tuning, or a compressed model from a local one)."""
+    init_adapter: bool = True
+    """With init_from: take its adapter too. False where the adapter is another one, e.g. compressed from local."""
+    max_caption_tokens: int = 64
+    """Tokens of a joint input beside the vision tokens. Published: 64."""
+    residual_similarity: bool = False
+    """match logit = w * first-stage cosine + head, the head starting at zero. Off in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What training and validation read."""
+
+    root: str = ""
+    """Directory that the annotations' image paths are relative to."""
+    annotations: str = ""
+    """Annotation file (Karpathy JSON or a BLIP/ALBEF list); relative to `root` unless absolute."""
+    train_split: str = "train"
+    val_split: str = "val"
+    """Split for evaluations during training and for the fusion's lambda; empty: none."""
+    store: str = ""
+    """Patch-token store of all splits (scripts/precompute_tokens.py). Empty: images, one backbone pass a step."""
+    caption_store: str = ""
+    """Store of the captions' text embeddings; goes with `store`."""
+    num_workers: int = 0
+    """Processes that read images or tokens ahead, for each rank."""
+    max_unreadable: float = 0.01
+    """Share of unreadable images in what was read so far at which a run stops; below it they are skipped and listed."""
+
+    def __post_init__(self):
+        if bool(self.store) != bool(self.caption_store):
+            raise UserError("data.store and data.caption_store go together; set both or neither")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegativesConfig:
+    """Hard negatives: mined by the backbone's own similarity over the global batch (paper, training section)."""
+
+    mode: str = "pairs"
+    """`pairs`, the paper's: `per_positive` images and captions a positive. `groups`: `group_size` mutual neighbours,
+    all pairs scored, cross-entropy over rows and columns: about half the pairs for as many negatives."""
+    per_positive: int = 1
+    """pairs: hard negatives a positive, in each direction. Published: 1."""
+    sampled: bool = False
+    """pairs: draw negatives in proportion to exp(similarity / temperature) instead of taking the hardest."""
+    temperature: float = 0.05
+    """pairs, sampled: temperature of the draw, in units of cosine."""
+    group_size: int = 8
+    """groups: members of a group."""
+    pool: str = "batch"
+    """groups: where neighbours come from: the global `batch`, or the whole `dataset` (needs data.store)."""
+    neighbours: int = 32
+    """groups from the data set: members are drawn from this many nearest images of the group's first."""
+    within: str = ""
+    """groups from the data set: annotation field that neighbours must share, e.g. `style`. Empty: any image."""
+    random_start: float = 1.0
+    """Share of negatives that are random at the first step. Hard ones alone leave ITM at chance."""
+    random_end: float = 0.15
+    """Share of random negatives after the curriculum."""
+    random_steps: int = 0
+    """Steps over which the share goes from start to end, linearly. 0: random_end from the first step."""
+
+    def __post_init__(self):
+        if self.mode not in ("pairs", "groups"):
+            raise UserError(f"negatives.mode is {self.mode!r}; expected 'pairs' or 'groups'")
+        if self.pool not in ("batch", "dataset"):
+            raise UserError(f"negatives.pool is {self.pool!r}; expected 'batch' or 'dataset'")
+        if self.mode == "groups" and self.group_size < 2:
+            raise UserError(f"negatives.group_size is {self.group_size}; a group needs at least 2 members")
+        if self.mode == "pairs" and self.per_positive < 1:
+            raise UserError(f"negatives.per_positive is {self.per_positive}; it must be at least 1")
+        if self.mode == "pairs" and self.pool == "dataset":
+            raise UserError("negatives.pool is 'dataset', which only negatives.mode 'groups' has; use 'batch'")
+
+    def random_share(self, step: int) -> float:
+        """Share of random negatives at `step` (0-based)."""
+        progress = min(1.0, step / self.random_steps) if self.random_steps else 1.0
+        return self.random_start + progress * (self.random_end - self.random_start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectivesConfig:
+    """Weights of the losses; 0 leaves an objective, and its forward pass, out. Paper: 1 each, ITC 0."""
+
+    itm: float = 1.0
+    mlm: float = 1.0
+    mlm_probability: float = 0.5
+    """Share of a caption's tokens that is masked. Published: 0.5."""
+    text_recovery: float = 1.0
+    itc: float = 0.0
+    """Image-text contrast between a vision-only and a text-only pass."""
+    distillation: float = 0.0
+    teacher: str = ""
+    """Checkpoint of the local model whose logits are distilled; goes with a distillation weight above 0."""
+
+    def __post_init__(self):
+        if bool(self.teacher) != (self.distillation > 0):
+            raise UserError(
+                f"objectives.distillation is {self.distillation} and objectives.teacher {self.teacher!r}; "
+                "a teacher goes with a weight above 0, and no teacher with 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a run trains."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Image-caption pairs an optimizer step, over all ranks. Published: 32 on each of 8 GPUs."""
+    accumulation: int = 1
+    """Micro-batches an optimizer step; negatives are mined within a micro-batch, over all ranks."""
+    lr: float = 3e-4
+    """Peak learning rate. Published: 3e-4 in pretraining, 2e-5 in fine-tuning."""
+    encoder_lr: float | None = None
+    """Peak learning rate of the joint encoder, where it should differ from `lr`."""
+    warmup_steps: int = 100
+    """Linear warm-up from warmup_lr."""
+    warmup_lr: float = 1e-6
+    decay: str = "cosine"
+    """`cosine` to min_lr at the last step; or, published, `exponential`: times decay_rate an epoch, down to min_lr."""
+    decay_rate: float = 0.9
+    min_lr: float = 1e-6
+    weight_decay: float = 0.05
+    """AdamW, matrices only: norms, biases and single vectors do not decay."""
+    clip_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0: never."""
+    freeze_adapter: bool = False
+    """Keep the adapter, and so every stored token, as it is."""
+    precision: str = "auto"
+    """`auto`: bfloat16 autocast where the device is faster with it; `float32`; `bfloat16`."""
+    resume: str = "auto"
+    """`auto`: continue after the last checkpoint in `output`; `never`: refuse to start over one."""
+    log_every: int = 10
+    evaluate_every: int = 0
+    """Steps between evaluations on data.val_split; 0: only at the end."""
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        allowed = {
+            "decay": ("cosine", "exponential"),
+            "precision": ("auto", "float32", "bfloat16"),
+            "resume": ("auto", "never"),
+        }
+        for key, values in allowed.items():
+            if getattr(self, key) not in values:
+                raise UserError(f"training.{key} is {getattr(self, key)!r}; expected one of {', '.join(values)}")
+        for key in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                raise UserError(f"training.{key} is {getattr(self, key)}; it must be at least 1")
+        if self.batch_size % self.accumulation:
+            raise UserError(
+                f"training.batch_size is {self.batch_size}; it must be a multiple of "
+                f"training.accumulation ({self.accumulation})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluations during training and at its end, on data.val_split."""
+
+    k: int = 10
+    """Rerank pool: the embedding's first k candidates a query. Published: 10."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: what `train.py --config FILE` reads and saves beside its results."""
+
+    output: str = "runs/run"
+    """Directory of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."""
+    seed: int = 42
+    device: str = "auto"
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self):
+        micro_batch = self.training.batch_size // self.training.accumulation
+        if self.negatives.mode == "groups" and micro_batch % self.negatives.group_size:
+            raise UserError(
+                f"training.batch_size / training.accumulation is {micro_batch}; it must be a multiple of "
+                f"negatives.group_size ({self.negatives.group_size})"
+            )
+        if self.negatives.mode == "pairs" and self.negatives.per_positive >= micro_batch:
+            raise UserError(
+                f"negatives.per_positive is {self.negatives.per_positive}; it must be below "
+                f"training.batch_size / training.accumulation ({micro_batch}), the pool that it is drawn from"
+            )
+        if self.negatives.pool == "dataset" and not self.data.store:
+            raise UserError(
+                "negatives.pool is 'dataset', which needs the embeddings of data.store; set it or use 'batch'"
+            )
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+    """Read a YAML file, what it inherits through `base:`, and `key.path=value` overrides; validate the whole.
+
+    Raises UserError naming the file and the key."""
+    data = _read_with_base(Path(path), seen=())
+    for override in overrides:
+        _apply_override(data, override)
+    return from_dict(RunConfig, data, where=str(path))
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration, atomically."""
+    temp = path.with_name(path.name + ".tmp")
+    temp.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    os.replace(temp, path)
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: `base:` leads back to this file")
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds {type(data).__name__}; expected a mapping of keys to values")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    return _merge(_read_with_base(path.parent / base, (*seen, path.resolve())), data)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, key by key at every depth."""
+    merged = dict(base)
+    for key, value in over.items():
+        both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_mappings else value
+    return merged
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected key=value, e.g. training.lr=1e-4")
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise UserError(f"override {override!r}: '{parent}' holds a value, not keys")
+    try:
+        data[last] = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML") from error

@@ -1,0 +1,73 @@
+"""What training sends between ranks: gathered tensors that carry gradients, averaged gradients, global sums.
+
+A loss is the mean over a rank's own rows, on tensors gathered with gradients; gradients are then averaged over the
+ranks. That equals one process on the whole batch exactly, with no factor of the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.captions import CaptionIds
+from models.ranks import Ranks
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate a tensor of every rank along dim 0; backward sums what all ranks send to this rank's slice."""
+
+    @staticmethod
+    def forward(ctx, local: Tensor) -> Tensor:
+        ctx.rank, ctx.rows = dist.get_rank(), len(local)
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[ctx.rank * ctx.rows : (ctx.rank + 1) * ctx.rows]
+
+
+def gather(local: Tensor, ranks: Ranks) -> Tensor:
+    """[b, ...] of each rank, equal shapes -> [b * ranks, ...], in order of rank. Carries gradients."""
+    return local if ranks.size == 1 else _AllGather.apply(local)
+
+
+def gather_captions(captions: CaptionIds, ranks: Ranks) -> CaptionIds:
+    """The captions of all ranks, in order of rank."""
+    if ranks.size == 1:
+        return captions
+    parts = ranks.gather_objects((captions.ids.cpu(), captions.lengths.cpu()))
+    return CaptionIds.cat([CaptionIds(ids, lengths) for ids, lengths in parts]).to(ranks.device)
+
+
+def global_sum(value: Tensor, ranks: Ranks) -> Tensor:
+    """Sum of a tensor over the ranks, without gradients."""
+    total = value.detach().clone()
+    if ranks.size > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+    """Mean of the gradients over the ranks, in one transfer; a parameter without gradient counts as zero."""
+    if ranks.size == 1:
+        return
+    parameters = list(parameters)
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    flat /= ranks.size
+    for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = mean.view_as(parameter)
+
+
+def broadcast_parameters(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+    """Rank 0's values on every rank."""
+    if ranks.size > 1:
+        for parameter in parameters:
+            dist.broadcast(parameter.data, src=0)

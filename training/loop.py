@@ -1,0 +1,292 @@
+"""The training loop: steps, logs, evaluations, checkpoints, exact resume.
+
+A step is: features of the rank's rows (stored, or one backbone pass), all losses, backward, gradients averaged over
+the ranks, one optimizer step. Nothing random is saved: every choice is a function of (seed, step, row), and dropout is
+reseeded each step from (seed, step, rank), so a resumed run is the uninterrupted one, bit for bit in float32.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.batches import Batch, TrainingBatches
+from data.caption_datasets import CaptionDataset
+from data.neighbours import CaptionKeys
+from evaluation.results import choose_lambda
+from evaluation.retrieval import evaluate
+from models.checkpoint import atomic_directory, read_latest, write_checkpoint_files, write_latest
+from models.edje import EDJE
+from models.errors import UserError
+from models.precision import fastest_dtype
+from models.ranks import Ranks
+
+from .config import RunConfig, TrainingConfig, save_config
+from .distributed import average_gradients, broadcast_parameters, gather, global_sum
+from .objectives import Objectives, StepInputs, StepLosses
+from .run_log import RunLog
+from .schedule import learning_rate
+from .setup import Features
+
+log = logging.getLogger("edje")
+STATE_FILE = "training_state.pt"
+
+
+def build_optimizer(model: EDJE, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters: matrices decay, norms, biases and single vectors do not.
+
+    Each group carries its peak rate as `peak`: encoder_lr for the joint encoder, lr for the rest."""
+    if config.freeze_adapter:
+        model.adapter.requires_grad_(False)
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            in_encoder = name.startswith("encoder.") and config.encoder_lr is not None
+            decays = parameter.ndim > 1 and not name.startswith("adapter.query")
+            key = (config.encoder_lr if in_encoder else config.lr, config.weight_decay if decays else 0.0)
+            groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": p, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
+        betas=(0.9, 0.98),
+        eps=1e-6,
+    )
+
+
+@dataclass
+class Run:
+    """Everything that must survive a kill."""
+
+    config: RunConfig
+    model: EDJE
+    optimizer: torch.optim.AdamW
+    ranks: Ranks
+    step: int = 0
+    """Optimizer steps done."""
+    unreadable: dict[str, None] = field(default_factory=dict)
+    """Images that could not be read, one line each."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.config.output) / "checkpoints"
+
+    @property
+    def trainable(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def restore(self) -> None:
+        """Continue after the last complete checkpoint of `output`, if there is one."""
+        latest = read_latest(self.checkpoints)
+        if latest is None:
+            broadcast_parameters(self.model.parameters(), self.ranks)
+            return
+        if self.config.training.resume == "never":
+            raise UserError(f"{latest}: a run is there already and training.resume is 'never'; choose another output")
+        path = latest / STATE_FILE
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{path}: cannot be loaded ({reason}); remove {latest} and its LATEST to start over"
+            ) from error
+        restored = EDJE.from_pretrained(latest)
+        if restored.config.adapter != self.model.config.adapter or restored.config.encoder != self.model.config.encoder:
+            raise UserError(f"{latest}: its model is not the one configured; choose another output or the same model")
+        self.model.load_state_dict(restored.state_dict())
+        self.model.config = replace(self.model.config, fusion_lambda=restored.config.fusion_lambda)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.unreadable = dict.fromkeys(state["unreadable"])
+
+    def save(self) -> None:
+        """Write checkpoints/step-N, let LATEST name it, then remove old ones; a kill at any line loses nothing."""
+        lines = self.ranks.gather_objects(list(self.unreadable))
+        self.unreadable = dict.fromkeys(line for of_rank in lines for line in of_rank)
+        if self.ranks.is_main:
+            final = self.checkpoints / f"step-{self.step:08d}"
+            state = {"optimizer": self.optimizer.state_dict(), "step": self.step, "unreadable": list(self.unreadable)}
+            with atomic_directory(final) as temporary:
+                write_checkpoint_files(temporary, self.model.config, self.model.state_dict(), self.model.tokenizer)
+                torch.save(state, temporary / STATE_FILE)
+            write_latest(self.checkpoints, final.name)
+            self._prune()
+        self.ranks.barrier()
+
+    def _prune(self) -> None:
+        for old in sorted(self.checkpoints.glob("step-*"))[: -self.config.training.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def update(self, scheduled_epoch_steps: float) -> float:
+        """One optimizer step on the accumulated gradients; returns their global norm before clipping.
+
+        Raises UserError before anything moves if the norm is not finite."""
+        training = self.config.training
+        average_gradients(self.trainable, self.ranks)
+        clip = training.clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, clip).item()
+        if not math.isfinite(norm):
+            raise UserError(f"step {self.step}: the gradient norm is {norm}; lower training.lr or use float32")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(training, group["peak"], self.step, scheduled_epoch_steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return norm
+
+
+def train(
+    run: Run,
+    batches: TrainingBatches,
+    features: Features,
+    keys: CaptionKeys,
+    objectives: Objectives,
+    validation: CaptionDataset | None,
+) -> None:
+    """Train to the configured number of steps, evaluate, and leave the final checkpoint."""
+    config, training, ranks = run.config, run.config.training, run.ranks
+    run.restore()
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    run_log = RunLog(Path(config.output), run.step, ranks)
+    if ranks.is_main:
+        save_config(config, Path(config.output) / "config.yaml")
+        run_log.announce(_describe(run, batches, features))
+    reader = _StepReader(run, batches, features, keys)
+    steps_per_epoch = len(batches.plan.dataset) / training.batch_size
+    with tqdm(total=training.steps, initial=run.step, unit="step", disable=not ranks.is_main, mininterval=2) as bar:
+        while run.step < training.steps:
+            torch.manual_seed(_dropout_seed(config.seed, run.step, ranks.rank))
+            run.model.train()
+            losses = [_backward(run, reader.next(), objectives) for _ in range(training.accumulation)]
+            norm = run.update(steps_per_epoch)
+            run_log.add(losses, norm, run.optimizer.param_groups[0]["lr"], reader.seconds_waited)
+            bar.update()
+            is_last = run.step == training.steps
+            if run.step % training.log_every == 0 or is_last:
+                bar.set_postfix_str(run_log.write(run.step, training.batch_size))
+            if validation and (is_last or (training.evaluate_every and run.step % training.evaluate_every == 0)):
+                _validate(run, features, validation, run_log)
+            if run.step % training.checkpoint_every == 0 or is_last:
+                run.save()
+    run_log.close(list(run.unreadable))
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step) * 1_009 + rank
+
+
+def _backward(run: Run, inputs: StepInputs, objectives: Objectives) -> StepLosses:
+    """Losses and gradients of one micro-batch; stops, naming step and term, where a loss is not finite."""
+    with _autocast(run):
+        losses = objectives(run.model, inputs)
+    finite = torch.stack([torch.isfinite(loss.detach()) for loss in losses.losses.values()])
+    broken = global_sum((~finite).float(), run.ranks)
+    if broken.any():
+        names = [name for name, count in zip(losses.losses, broken.tolist(), strict=True) if count]
+        raise UserError(
+            f"step {run.step}: the loss {' and '.join(names)} is not finite; nothing was updated, and the last "
+            "checkpoint is whole. Lower training.lr, or set training.precision=float32"
+        )
+    (losses.total(objectives.config) / run.config.training.accumulation).backward()
+    return losses
+
+
+def _autocast(run: Run):
+    precision, device = run.config.training.precision, run.ranks.device
+    dtype = fastest_dtype(device) if precision == "auto" else getattr(torch, precision)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+class _StepReader:
+    """Turns what the data loader read into a step's inputs, in order from the run's position on."""
+
+    def __init__(self, run: Run, batches: TrainingBatches, features: Features, keys: CaptionKeys):
+        self.run, self.batches, self.features, self.keys = run, batches, features, keys
+        accumulation = run.config.training.accumulation
+        first, last = run.step * accumulation, run.config.training.steps * accumulation
+        self.stream: Iterator[Batch] = batches.read(first, last, run.config.data.num_workers)
+        self.images_read, self.images_failed = 0, 0
+        self.seconds_waited = 0.0
+
+    def next(self) -> StepInputs:
+        start = time.perf_counter()
+        batch = next(self.stream)
+        self.seconds_waited += time.perf_counter() - start
+        self._count_unreadable(batch)
+        device, ranks = self.run.ranks.device, self.run.ranks
+        raw = [self.batches.plan.dataset.captions[c] for c in batch.captions]
+        patches, images, texts = self._features(batch, raw)
+        captions, image_numbers = gather(batch.captions.to(device), ranks), gather(batch.images.to(device), ranks)
+        negatives = self.run.config.negatives
+        return StepInputs(
+            rows=batch.rows,
+            patch_tokens=patches.to(device),
+            image_embeddings=images.to(device),
+            text_embeddings=texts.to(device),
+            captions=self.run.model.tokenizer(raw).to(device),
+            excluded=self.keys.true_pairs(captions.cpu(), image_numbers.cpu()).to(device),
+            random_share=negatives.random_share(self.run.step),
+        )
+
+    def _features(self, batch: Batch, raw: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Patch tokens, image and text embeddings: stored ones, or one backbone pass that gives both of an image."""
+        if batch.pixels is None:
+            return batch.patch_tokens, batch.image_embeddings, batch.text_embeddings
+        backbone = self.features.backbone
+        images = backbone.encode_images(batch.pixels.to(backbone.device))
+        return images.patch_tokens, images.embedding, backbone.encode_texts(raw)
+
+    def _count_unreadable(self, batch: Batch) -> None:
+        self.images_read += len(batch.rows)
+        self.images_failed += len(batch.unreadable)
+        self.run.unreadable.update(dict.fromkeys(batch.unreadable))
+        limit = self.run.config.data.max_unreadable
+        # At least one failure is always tolerated: a share of the first few rows says nothing.
+        if self.images_failed > max(1, limit * self.images_read) and self.images_failed > 1:
+            raise UserError(
+                f"{self.images_failed} of {self.images_read} images could not be read, more than data.max_unreadable "
+                f"({limit:.0%}); the first: {next(iter(self.run.unreadable))}"
+            )
+
+
+def _validate(run: Run, features: Features, validation: CaptionDataset, run_log: RunLog) -> None:
+    """Evaluate on the validation split, choose the fusion's lambda there, and log both."""
+    results = evaluate(
+        run.model,
+        features.backbone,
+        validation,
+        run.ranks,
+        k=min(run.config.evaluation.k, len(validation)),
+        store=features.store,
+        caption_store=features.caption_store,
+    )
+    chosen = choose_lambda(results)
+    run.model.config = replace(run.model.config, fusion_lambda=chosen)
+    run_log.evaluation(run.step, results.with_lambda(chosen))
+
+
+def _describe(run: Run, batches: TrainingBatches, features: Features) -> list[str]:
+    """What is going to happen, for the first lines of the log."""
+    training, negatives = run.config.training, run.config.negatives
+    trainable = sum(p.numel() for p in run.trainable)
+    frozen = sum(p.numel() for p in features.backbone.parameters()) if features.backbone else 0
+    source = (
+        f"patch tokens of {run.config.data.store}" if features.store else f"images, backbone {features.fingerprint}"
+    )
+    mined = f"{negatives.per_positive} a positive" if negatives.mode == "pairs" else f"groups of {negatives.group_size}"
+    start = f"resumed at step {run.step}" if run.step else "from the start"
+    return [
+        f"{trainable / 1e6:.1f}M trainable parameters, {frozen / 1e6:.1f}M frozen; {run.ranks.size} ranks on "
+        f"{run.ranks.device}; {len(batches.plan.dataset)} images, {len(batches.plan.dataset.captions)} captions",
+        f"{training.steps} steps of {training.batch_size} pairs; hard negatives: {mined}, from the {negatives.pool}; "
+        f"reads {source}; {start}",
+    ]

@@ -1,0 +1,337 @@
+"""The training objectives: ITM with hard negatives, MLM, text-embedding recovery, distillation, image-text contrast.
+
+Source: EDJE (arXiv 2510.06820), training objectives. The first part holds the losses as functions of logits; the second
+computes all losses of one step from a rank's rows. A rank's value is the mean over its own rows, on tensors gathered
+with gradients; the mean over ranks, of values and of gradients, is that of one process on the whole batch.
+
+Letters: B rows of the global batch, b rows of this rank, h negatives a positive, G groups of g rows, V vocabulary,
+De embedding width, m vision tokens, H joint encoder width, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.batches import random_stream
+from models.captions import CaptionIds
+from models.edje import EDJE
+from models.ranks import Ranks
+
+from .config import NegativesConfig, ObjectivesConfig
+from .distributed import gather, gather_captions, global_sum
+from .hard_negatives import HardNegatives, group_neighbours, mine_hard_negatives
+
+MASK, NEGATIVES = range(100, 102)
+"""Purposes of random streams, apart from those of data.batches."""
+
+# ---------------------------------------------------------------------------------------- losses of logits
+
+
+@dataclass(frozen=True)
+class PairLogits:
+    """Logits of positives [b], of the h negative images of each caption and the h negative captions of each image."""
+
+    positive: Tensor
+    negative_images: Tensor
+    negative_captions: Tensor
+
+
+def itm_loss(logits: PairLogits, images_valid: Tensor, captions_valid: Tensor) -> Tensor:
+    """Cross-entropy of each positive against its own negatives, mean over rows, mean of the two directions.
+
+    The masks are [b, h] bool; a row without valid negatives adds zero."""
+
+    def direction(negatives: Tensor, valid: Tensor) -> Tensor:
+        row = torch.cat([logits.positive[:, None], negatives.masked_fill(~valid, -torch.inf)], dim=1)
+        return -row.log_softmax(dim=1)[:, 0].mean()
+
+    by_image = direction(logits.negative_images, images_valid)
+    by_caption = direction(logits.negative_captions, captions_valid)
+    return (by_image + by_caption) / 2
+
+
+def group_itm_loss(logits: Tensor, excluded: Tensor) -> Tensor:
+    """Cross-entropy over rows (images for a caption) and columns (captions for an image) of each group.
+
+    logits: [G, g, g], row: caption, column: image, positives on the diagonal; excluded: [G, g, g] bool, pairs that are
+    no negatives (the diagonal is kept)."""
+    positive = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    masked = logits.masked_fill(excluded & ~positive, -torch.inf)
+    by_image = -masked.log_softmax(dim=2).diagonal(dim1=1, dim2=2).mean()
+    by_caption = -masked.log_softmax(dim=1).diagonal(dim1=1, dim2=2).mean()
+    return (by_image + by_caption) / 2
+
+
+def distillation_loss(student: PairLogits, teacher: PairLogits, images_valid: Tensor, captions_valid: Tensor) -> Tensor:
+    """Binary cross-entropy of student logits with the sigmoid of the teacher's, for the same pairs.
+
+    Positives, negative images and negative captions are averaged apart, then equally, as in the published code."""
+    positive = _binary_cross_entropy(student.positive, teacher.positive).mean()
+    images = _binary_cross_entropy(student.negative_images, teacher.negative_images)
+    captions = _binary_cross_entropy(student.negative_captions, teacher.negative_captions)
+    return (positive + _masked_mean(images, images_valid) + _masked_mean(captions, captions_valid)) / 3
+
+
+def group_distillation_loss(student: Tensor, teacher: Tensor, excluded: Tensor) -> Tensor:
+    """The same for groups, [G, g, g] each: a third for positives, two thirds for negatives (both directions in one)."""
+    positive = torch.eye(student.shape[-1], dtype=torch.bool, device=student.device).expand_as(student)
+    losses = _binary_cross_entropy(student, teacher)
+    return (losses[positive].mean() + 2 * _masked_mean(losses, ~excluded & ~positive)) / 3
+
+
+def _binary_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(student, teacher.detach().float().sigmoid(), reduction="none")
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def text_recovery_loss(recovered: Tensor, text_embeddings: Tensor) -> Tensor:
+    """1 - cosine between [b, De] recovered and the backbone's text embeddings, mean over rows; norms don't matter."""
+    return (1 - F.cosine_similarity(recovered.float(), text_embeddings.float(), dim=-1)).mean()
+
+
+def contrastive_loss(
+    images: Tensor, texts: Tensor, all_images: Tensor, all_texts: Tensor, own: Tensor, excluded: Tensor, scale: Tensor
+) -> Tensor:
+    """InfoNCE of a rank's [b, H] rows against the global [B, H] ones, mean of both directions; rows normalised here.
+
+    own: [b] global rows of the rank; excluded: [B, B] bool, (caption, image) pairs left out of the softmax; scale: the
+    inverse temperature."""
+    images, texts, all_images, all_texts = (
+        F.normalize(x.float(), dim=-1) for x in (images, texts, all_images, all_texts)
+    )
+    negatives = excluded.clone().fill_diagonal_(False)
+    by_image = (scale * similarities(texts, all_images)).masked_fill(negatives[own], -torch.inf)
+    by_caption = (scale * similarities(images, all_texts)).masked_fill(negatives.T[own], -torch.inf)
+    return (F.cross_entropy(by_image, own) + F.cross_entropy(by_caption, own)) / 2
+
+
+def similarities(a: Tensor, b: Tensor) -> Tensor:
+    """[n, w] and [k, w], normalised -> [n, k] cosines. Float32: under autocast near neighbours would tie."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float().T
+
+
+# ------------------------------------------------------------------------------------- all losses of a step
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A rank's b rows of one micro-batch, features and captions; row i is caption i with its image i."""
+
+    rows: Tensor
+    """[b] int64, row numbers counted through the run: seeds of the rows' random choices."""
+    patch_tokens: Tensor
+    """[b, P, Dv]"""
+    image_embeddings: Tensor
+    """[b, De] float32, normalised; so are text_embeddings."""
+    text_embeddings: Tensor
+    captions: CaptionIds
+    excluded: Tensor
+    """[B, B] bool over the rows of all ranks: caption i describes image j, so the pair is no negative."""
+    random_share: float
+    """Share of random negatives at this step of the curriculum."""
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """losses: unweighted mean over this rank's rows, by name of the objective; stats: numbers for the log."""
+
+    losses: dict[str, Tensor]
+    stats: dict[str, float] = field(default_factory=dict)
+
+    def total(self, config: ObjectivesConfig) -> Tensor:
+        return sum(getattr(config, name) * loss for name, loss in self.losses.items())
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """The rows that negatives are taken from: those of all ranks, or this rank's own where groups came ready-made."""
+
+    tokens: Tensor
+    captions: CaptionIds
+    similarity: Tensor
+    excluded: Tensor
+    own: Tensor
+
+
+class Objectives:
+    """Computes the losses of a step for one run's configuration."""
+
+    def __init__(
+        self, config: ObjectivesConfig, negatives: NegativesConfig, seed: int, ranks: Ranks, teacher: EDJE | None = None
+    ):
+        self.config, self.negatives, self.seed, self.ranks, self.teacher = config, negatives, seed, ranks, teacher
+
+    def __call__(self, model: EDJE, inputs: StepInputs) -> StepLosses:
+        """Every loss whose weight is not 0."""
+        tokens = model.compress(inputs.patch_tokens)
+        losses, stats = {}, {}
+        if self.config.itm or self.config.distillation:
+            losses, stats = self._match_losses(model, inputs, tokens)
+        if self.config.mlm:
+            losses["mlm"] = self._mlm(model, inputs, tokens)
+        if self.config.text_recovery or self.config.itc:
+            text_cls = model.text_cls(inputs.captions)
+            if self.config.text_recovery:
+                losses["text_recovery"] = text_recovery_loss(
+                    model.recover_text_embedding(text_cls), inputs.text_embeddings
+                )
+            if self.config.itc:
+                losses["itc"] = self._itc(model, inputs, text_cls, model.image_cls(tokens))
+        return StepLosses(losses, stats)
+
+    def _own_rows(self, inputs: StepInputs) -> Tensor:
+        count = len(inputs.rows)
+        return torch.arange(count, device=inputs.patch_tokens.device) + self.ranks.rank * count
+
+    def _scope(self, inputs: StepInputs, tokens: Tensor) -> _Scope:
+        own = self._own_rows(inputs)
+        if self.negatives.pool == "dataset":
+            similarity = similarities(inputs.text_embeddings, inputs.image_embeddings)
+            local = torch.arange(len(own), device=own.device)
+            return _Scope(tokens, inputs.captions, similarity, inputs.excluded[own][:, own], local)
+        texts, images = (gather(x, self.ranks) for x in (inputs.text_embeddings, inputs.image_embeddings))
+        captions = gather_captions(inputs.captions, self.ranks)
+        return _Scope(gather(tokens, self.ranks), captions, similarities(texts, images), inputs.excluded, own)
+
+    def _match_losses(
+        self, model: EDJE, inputs: StepInputs, tokens: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        scope = self._scope(inputs, tokens)
+        teacher_tokens = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_tokens = self.teacher.compress(inputs.patch_tokens)
+                if self.negatives.pool == "batch":
+                    teacher_tokens = gather(teacher_tokens, self.ranks)
+        if self.negatives.mode == "groups":
+            return self._group_losses(model, inputs, scope, teacher_tokens)
+        return self._pair_losses(model, inputs, scope, teacher_tokens)
+
+    def _pair_losses(self, model: EDJE, inputs: StepInputs, scope: _Scope, teacher_tokens: Tensor | None):
+        config = self.negatives
+        draws = config.sampled or inputs.random_share > 0
+        mined = mine_hard_negatives(
+            scope.similarity,
+            scope.excluded,
+            config.per_positive,
+            rows=scope.own,
+            random_share=inputs.random_share,
+            temperature=config.temperature if config.sampled else None,
+            streams=[random_stream(self.seed, NEGATIVES, int(row)) for row in inputs.rows] if draws else None,
+        )
+        logits = pair_logits(model, scope.captions, scope.tokens, scope.own, mined, scope.similarity)
+        losses = {"itm": itm_loss(logits, mined.images_valid, mined.captions_valid)}
+        if teacher_tokens is not None:
+            with torch.no_grad():
+                teacher = pair_logits(self.teacher, scope.captions, teacher_tokens, scope.own, mined, scope.similarity)
+            losses["distillation"] = distillation_loss(logits, teacher, mined.images_valid, mined.captions_valid)
+        return losses, _pair_stats(logits, mined, scope)
+
+    def _group_losses(self, model: EDJE, inputs: StepInputs, scope: _Scope, teacher_tokens: Tensor | None):
+        size = self.negatives.group_size
+        if self.negatives.pool == "dataset":
+            groups = scope.own.view(-1, size)  # the sampler laid the groups out in consecutive rows
+        else:
+            # Every rank forms the same groups of the global batch and takes its share of them.
+            number = int(inputs.rows[0]) // len(scope.excluded)
+            stream = random_stream(self.seed, NEGATIVES, number)
+            groups = group_neighbours(scope.similarity, size, inputs.random_share, stream).to(scope.own.device)
+            share = len(groups) // self.ranks.size
+            groups = groups[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+        excluded = scope.excluded[groups[:, :, None], groups[:, None, :]]
+        logits = group_logits(model, scope.captions, scope.tokens, groups, scope.similarity)
+        losses = {"itm": group_itm_loss(logits, excluded)}
+        if teacher_tokens is not None:
+            with torch.no_grad():
+                teacher = group_logits(self.teacher, scope.captions, teacher_tokens, groups, scope.similarity)
+            losses["distillation"] = group_distillation_loss(logits, teacher, excluded)
+        return losses, _group_stats(logits, excluded, groups, scope)
+
+    def _mlm(self, model: EDJE, inputs: StepInputs, tokens: Tensor) -> Tensor:
+        captions = inputs.captions.truncate(model.max_joint_pieces)
+        masked = self._draw_mask(captions, inputs.rows, model.tokenizer.unk_id)
+        ids = captions.ids.masked_fill(masked, model.tokenizer.mask_id)
+        index = torch.arange(len(captions), device=ids.device)
+        packed = model.encoder.pack_pairs(CaptionIds(ids, captions.lengths), tokens, index, index)
+        hidden = model.encoder.encode(packed, packed.caption_rows[masked])
+        total = F.cross_entropy(model.encoder.mlm_logits(hidden).float(), captions.ids[masked], reduction="sum")
+        # Counts differ by rank: local sum * ranks / global count averages to the mean over all masked tokens.
+        return total * self.ranks.size / global_sum(masked.sum(), self.ranks).clamp(min=1)
+
+    def _draw_mask(self, captions: CaptionIds, rows: Tensor, unk_id: int) -> Tensor:
+        """[T] bool: pieces to be masked, each with the configured probability; never an unknown word."""
+        lengths = captions.lengths.tolist()
+        streams = (random_stream(self.seed, MASK, int(row)) for row in rows)
+        draws = np.concatenate([s.random(n) for s, n in zip(streams, lengths, strict=True)])
+        drawn = torch.from_numpy(draws < self.config.mlm_probability).to(captions.ids.device)
+        return drawn & (captions.ids != unk_id)
+
+    def _itc(self, model: EDJE, inputs: StepInputs, text_cls: Tensor, image_cls: Tensor) -> Tensor:
+        return contrastive_loss(
+            image_cls,
+            text_cls,
+            gather(image_cls, self.ranks),
+            gather(text_cls, self.ranks),
+            self._own_rows(inputs),
+            inputs.excluded,
+            model.itc_logit_scale.exp().clamp(max=100),
+        )
+
+
+def pair_logits(
+    model: EDJE, captions: CaptionIds, tokens: Tensor, own: Tensor, mined: HardNegatives, similarity: Tensor
+) -> PairLogits:
+    """Logits of the positives of rows `own` [b] and of their mined negatives, as one batch of b * (1 + 2h) pairs."""
+    b, h = mined.images.shape
+    anchors = own[:, None].expand(b, h)
+    caption_index = torch.cat([own, anchors.flatten(), mined.captions.flatten()])
+    image_index = torch.cat([own, mined.images.flatten(), anchors.flatten()])
+    logits = model.match_logits(captions, tokens, caption_index, image_index, similarity[caption_index, image_index])
+    positive, negative_images, negative_captions = logits.split([b, b * h, b * h])
+    return PairLogits(positive, negative_images.view(b, h), negative_captions.view(b, h))
+
+
+def group_logits(model: EDJE, captions: CaptionIds, tokens: Tensor, groups: Tensor, similarity: Tensor) -> Tensor:
+    """[G, g] rows -> [G, g, g] logits of every caption (row) with every image (column) of its group."""
+    shape = (*groups.shape, groups.shape[1])
+    caption_index = groups[:, :, None].expand(shape).flatten()
+    image_index = groups[:, None, :].expand(shape).flatten()
+    logits = model.match_logits(captions, tokens, caption_index, image_index, similarity[caption_index, image_index])
+    return logits.view(shape)
+
+
+@torch.no_grad()
+def _pair_stats(logits: PairLogits, mined: HardNegatives, scope: _Scope) -> dict[str, float]:
+    images = logits.negative_images.masked_fill(~mined.images_valid, -torch.inf).amax(1)
+    captions = logits.negative_captions.masked_fill(~mined.captions_valid, -torch.inf).amax(1)
+    right = torch.cat([logits.positive > images, logits.positive > captions])
+    return {
+        "itm_accuracy": right.float().mean().item(),
+        "positive_similarity": scope.similarity[scope.own, scope.own].mean().item(),
+        "negative_similarity": scope.similarity[scope.own[:, None], mined.images].mean().item(),
+        "negatives_missing": float((~mined.images_valid).sum() + (~mined.captions_valid).sum()),
+    }
+
+
+@torch.no_grad()
+def _group_stats(logits: Tensor, excluded: Tensor, groups: Tensor, scope: _Scope) -> dict[str, float]:
+    positive = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    masked = logits.masked_fill(excluded & ~positive, -torch.inf)
+    diagonal = torch.arange(logits.shape[-1], device=logits.device)
+    right = torch.stack([masked.argmax(2) == diagonal, masked.argmax(1) == diagonal])
+    similarity = scope.similarity[groups[:, :, None], groups[:, None, :]]
+    return {
+        "itm_accuracy": right.float().mean().item(),
+        "positive_similarity": similarity[:, positive].mean().item(),
+        "negative_similarity": similarity[~excluded & ~positive].mean().item(),
+        "negatives_missing": float((excluded & ~positive).sum()),
+    }

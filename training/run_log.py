@@ -1,0 +1,116 @@
+"""What a run reports: console lines, metrics.jsonl, TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from evaluation.results import Results
+from models.ranks import Ranks
+
+from .objectives import StepLosses
+
+
+class RunLog:
+    """Averages what the steps since the last line gave, over all ranks, and writes it on rank 0."""
+
+    def __init__(self, output: Path, first_step: int, ranks: Ranks):
+        """`first_step`: steps done so far; lines of later steps, left by a killed run, are dropped."""
+        self.ranks, self.path = ranks, output / "metrics.jsonl"
+        self.sums: dict[str, float] = defaultdict(float)
+        self.steps, self.learning_rate = 0, 0.0
+        self.started, self.waited_before, self.waited = time.perf_counter(), 0.0, 0.0
+        self.board = None
+        if ranks.is_main:
+            _drop_lines_after(self.path, first_step)
+            self.board = _summary_writer(output / "tensorboard", first_step)
+
+    def announce(self, lines: list[str]) -> None:
+        for line in lines:
+            tqdm.write(line)
+
+    def add(self, micro_batches: list[StepLosses], norm: float, rate: float, seconds_waited: float) -> None:
+        """One optimizer step."""
+        self.steps, self.learning_rate, self.waited = self.steps + 1, rate, seconds_waited
+        self.sums["grad_norm"] += norm
+        for result in micro_batches:
+            values = {name: loss.item() for name, loss in result.losses.items()} | result.stats
+            for name, value in values.items():
+                self.sums[name] += value / len(micro_batches)
+
+    def write(self, step: int, batch_size: int) -> str:
+        """A line of metrics since the last one; returns a short form for the progress bar."""
+        of_ranks = self.ranks.gather_objects({name: total / self.steps for name, total in self.sums.items()})
+        metrics = {name: sum(rank[name] for rank in of_ranks) / len(of_ranks) for name in of_ranks[0]}
+        seconds = time.perf_counter() - self.started
+        metrics |= {
+            "lr": self.learning_rate,
+            "samples_per_second": self.steps * batch_size / seconds,
+            "waiting_share": (self.waited - self.waited_before) / seconds,
+        }
+        self._record({"step": step} | metrics)
+        self.sums.clear()
+        self.steps, self.started, self.waited_before = 0, time.perf_counter(), self.waited
+        shown = ("itm", "itm_accuracy", "mlm", "itc", "distillation")
+        return " ".join(f"{name} {metrics[name]:.3f}" for name in shown if name in metrics)
+
+    def evaluation(self, step: int, results: Results) -> None:
+        """Recalls of a validation, as val/t2i/reranked/R@1 and so on, in percent."""
+        recalls, line = {}, []
+        for direction, found in (("t2i", results.t2i.summary()), ("i2t", results.i2t.summary())):
+            for column in ("embedding", "reranked", "fused"):
+                values = found.get(column, {})
+                recalls |= {f"val/{direction}/{column}/{name}": value for name, value in values.items()}
+            gains = ", ".join(f"{column} {found[column]['R@1']:.1f}" for column in ("reranked", "fused"))
+            line.append(f"{direction} R@1 embedding {found['embedding']['R@1']:.1f}, {gains}")
+        self._record({"step": step} | recalls)
+        if self.ranks.is_main:
+            tqdm.write(f"step {step}: validation " + "; ".join(line))
+        self.started = time.perf_counter()  # an evaluation is not training time
+
+    def close(self, unreadable: list[str]) -> None:
+        """Flush, and list the images that were skipped."""
+        if self.board is not None:
+            self.board.close()
+        if unreadable and self.ranks.is_main:
+            tqdm.write(f"{len(unreadable)} images could not be read and were replaced by others:")
+            for line in unreadable:
+                tqdm.write(f"  {line}")
+
+    def _record(self, values: dict[str, float]) -> None:
+        if not self.ranks.is_main:
+            return
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(values) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name if "/" in name else f"train/{name}", value, values["step"])
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue  # the line that a kill cut short
+    temp = path.with_name(path.name + ".tmp")
+    temp.write_text("".join(kept))
+    os.replace(temp, path)
+
+
+def _summary_writer(directory: Path, first_step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        tqdm.write("TensorBoard is not installed (pip install tensorboard): metrics go to metrics.jsonl alone")
+        return None
+    return SummaryWriter(str(directory), purge_step=first_step + 1)

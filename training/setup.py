@@ -1,0 +1,206 @@
+"""Builds the parts of a run from its configuration: data, features, model, teacher.
+
+Letters: P patch tokens, Dv patch width, De embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data.batches import BatchPlan, TrainingBatches
+from data.caption_datasets import CaptionDataset, load_annotations
+from data.neighbours import CaptionKeys, nearest_images
+from models.backbone import Backbone
+from models.captions import CaptionTokenizer, build_vocabulary
+from models.checkpoint import load_state
+from models.config import BackboneDims, EDJEConfig
+from models.edje import EDJE
+from models.errors import UserError
+from models.pretrained import read_bert_config
+from models.ranks import Ranks
+from models.token_store import TokenStore
+
+from .config import NegativesConfig, RunConfig
+
+log = logging.getLogger("edje")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Where patch tokens and embeddings come from: stores, or a backbone that runs on images."""
+
+    dims: BackboneDims
+    fingerprint: str
+    backbone: Backbone | None = None
+    store: TokenStore | None = None
+    caption_store: TokenStore | None = None
+
+
+def open_features(config: RunConfig, ranks: Ranks) -> Features:
+    """Open the run's stores, or load its backbone where there are none (with stores no backbone is loaded at all)."""
+    if not config.data.store:
+        backbone = Backbone.load(config.backbone, ranks.device)
+        return Features(backbone.dims, backbone.fingerprint, backbone=backbone)
+    store, captions = TokenStore.open(config.data.store), TokenStore.open(config.data.caption_store)
+    if store.manifest.adapter:
+        raise UserError(f"{config.data.store}: holds compressed tokens; training reads patch tokens; precompute those")
+    captions.check(backbone=store.manifest.backbone)
+    dims = BackboneDims(
+        num_patches=store.tokens_per_item, patch_width=store.width, embedding_width=store.embedding_width
+    )
+    return Features(dims, store.manifest.backbone, store=store, caption_store=captions)
+
+
+def load_split(config: RunConfig, split: str) -> CaptionDataset:
+    """One split of the run's annotations."""
+    data = config.data
+    if not data.root or not data.annotations:
+        raise UserError("data.root and data.annotations are needed; e.g. data.root=DIR on the command line")
+    return load_annotations(Path(data.root) / data.annotations, data.root, split)
+
+
+def build_model(config: RunConfig, features: Features, dataset: CaptionDataset, ranks: Ranks) -> EDJE:
+    """The model to train: from a checkpoint (`init_from`), on pretrained BERT weights, or from scratch.
+
+    The same on every rank: initial weights come from config.seed."""
+    torch.manual_seed(config.seed)
+    if config.model.init_from:
+        return _from_checkpoint(config, features)
+    weights = config.model.encoder_weights
+    if weights:
+        tokenizer = CaptionTokenizer.from_pretrained(weights)
+        encoder = replace(
+            read_bert_config(weights),
+            hidden_dropout=config.model.encoder.hidden_dropout,
+            attention_dropout=config.model.encoder.attention_dropout,
+        )
+    else:
+        tokenizer = _tokenizer_of_captions(config, dataset, ranks)
+        encoder = replace(config.model.encoder, vocab_size=tokenizer.vocab_size)
+    model_config = _model_config(config, features, encoder)
+    longest = model_config.max_caption_tokens + model_config.num_vision_tokens
+    encoder = replace(encoder, max_positions=max(encoder.max_positions, longest))
+    model = EDJE(replace(model_config, encoder=encoder), tokenizer)
+    if weights:
+        missing = model.encoder.load_bert(weights)
+        if missing and config.objectives.mlm:
+            log.info("%s has no %s: these start at random", weights, ", ".join(missing))
+    return model
+
+
+def _model_config(config: RunConfig, features: Features, encoder) -> EDJEConfig:
+    pretrained = config.backbone.pretrained
+    # A checkpoint names its backbone from wherever it is loaded: a directory by its absolute path.
+    located = str(Path(pretrained).resolve()) if pretrained and Path(pretrained).exists() else pretrained
+    return EDJEConfig(
+        backbone=replace(config.backbone, pretrained=located),
+        dims=features.dims,
+        backbone_fingerprint=features.fingerprint,
+        adapter=config.model.adapter,
+        encoder=encoder,
+        max_caption_tokens=config.model.max_caption_tokens,
+        residual_similarity=config.model.residual_similarity,
+    )
+
+
+def _tokenizer_of_captions(config: RunConfig, dataset: CaptionDataset, ranks: Ranks) -> CaptionTokenizer:
+    path = Path(config.output) / "vocab.txt"
+    if ranks.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        build_vocabulary(dataset.captions, path)
+    ranks.barrier()
+    return CaptionTokenizer.from_pretrained(path)
+
+
+def _from_checkpoint(config: RunConfig, features: Features) -> EDJE:
+    """All weights of a checkpoint, or all but its adapter; positions grow where the new adapter has more tokens."""
+    source = EDJE.from_pretrained(config.model.init_from)
+    check_backbone(source.config, features, config.model.init_from)
+    adapter = source.config.adapter if config.model.init_adapter else config.model.adapter
+    model_config = replace(source.config, adapter=adapter, fusion_lambda=None)
+    source.encoder.extend_positions(model_config.max_caption_tokens + model_config.num_vision_tokens)
+    encoder = replace(
+        source.encoder.config,
+        hidden_dropout=config.model.encoder.hidden_dropout,
+        attention_dropout=config.model.encoder.attention_dropout,
+    )
+    model = EDJE(replace(model_config, encoder=encoder), source.tokenizer)
+    state = source.state_dict()
+    if not config.model.init_adapter:
+        state = {
+            name: fresh if name.startswith("adapter.") else state[name] for name, fresh in model.state_dict().items()
+        }
+    load_state(model, state, where=config.model.init_from)
+    return model
+
+
+def check_backbone(saved: EDJEConfig, features: Features, where: str | Path) -> None:
+    """Raise UserError, naming both, if a checkpoint was made on another backbone than the run's features."""
+    if saved.backbone_fingerprint != features.fingerprint:
+        raise UserError(
+            f"{where}: was trained on backbone {saved.backbone_fingerprint}, this run's features come from "
+            f"{features.fingerprint}; use the same backbone"
+        )
+
+
+def load_teacher(config: RunConfig, features: Features, model: EDJE, ranks: Ranks) -> EDJE | None:
+    """The frozen model whose logits are distilled, or None where none is configured."""
+    if not config.objectives.teacher:
+        return None
+    teacher = EDJE.from_pretrained(config.objectives.teacher, ranks.device).requires_grad_(False)
+    check_backbone(teacher.config, features, config.objectives.teacher)
+    if teacher.tokenizer.vocab != model.tokenizer.vocab:
+        raise UserError(
+            f"{config.objectives.teacher}: the teacher's vocabulary is not the student's; use the same tokenizer"
+        )
+    return teacher
+
+
+def build_batches(
+    config: RunConfig, features: Features, dataset: CaptionDataset, keys: CaptionKeys, ranks: Ranks
+) -> TrainingBatches:
+    """The run's batches: this rank's share of each global micro-batch."""
+    negatives, accumulation = config.negatives, config.training.accumulation
+    neighbours = None
+    if negatives.pool == "dataset":
+        labels = read_field(config, dataset, negatives.within) if negatives.within else None
+        neighbours = nearest_images(
+            keys,
+            dataset,
+            features.store.gather_embeddings(dataset.image_ids),
+            features.caption_store.gather_embeddings(dataset.captions),
+            negatives.neighbours,
+            labels,
+        )
+    plan = BatchPlan(
+        dataset,
+        config.training.batch_size // accumulation,
+        config.seed,
+        neighbours,
+        negatives.group_size,
+        partial(_random_share, negatives, accumulation),
+    )
+    preprocess = features.backbone.preprocess if features.backbone else None
+    return TrainingBatches(plan, ranks.rank, ranks.size, preprocess, features.store, features.caption_store)
+
+
+def _random_share(negatives: NegativesConfig, accumulation: int, number: int) -> float:
+    return negatives.random_share(number // accumulation)
+
+
+def read_field(config: RunConfig, dataset: CaptionDataset, field: str) -> list[str | None]:
+    """A further field of each image in a Karpathy file, e.g. `style`, in the data set's order."""
+    file = Path(config.data.root) / config.data.annotations
+    document = json.loads(file.read_text())
+    images = document["images"] if isinstance(document, dict) else []
+    values = {(Path(i.get("filepath") or "") / i["filename"]).as_posix(): i.get(field) for i in images}
+    labels = [values.get(image) for image in dataset.image_ids]
+    if not any(labels):
+        raise UserError(f"{file}: no image has the field {field!r} that negatives.within names")
+    return labels
