@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from .errors import UserError
+from .pretrained import resolve_pretrained
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILE = "tokenizer.json"
@@ -129,8 +130,6 @@ class CaptionTokenizer:
         Raises UserError naming what is missing, damaged or of another kind."""
         name = str(name_or_path)
         if name.startswith("package:"):
-            from .pretrained import resolve_pretrained
-
             name = str(resolve_pretrained(name))
         path = Path(name)
         if path.is_dir():

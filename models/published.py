@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ def read_published(path: str | Path, config_json: str | Path | None = None) -> P
     settings = _from_json(Path(config_json)) if config_json else _from_names(named, file)
     config = _infer_config(published, settings, file)
     tokenizer = CaptionTokenizer.from_pretrained(settings.tokenizer)
-    _check_settings(config, tokenizer, settings, file)
+    _check_vocabulary(config, tokenizer, settings, file)
     # The published training ran in bfloat16; ours keeps float32 master weights.
     renamed = {name: (_renamed(name), tensor.float()) for name, tensor in published.items()}
     return Published(
@@ -123,16 +124,7 @@ def read_published(path: str | Path, config_json: str | Path | None = None) -> P
     )
 
 
-def _check_settings(config: EDJEConfig, tokenizer: CaptionTokenizer, settings: _Settings, file: Path) -> None:
-    widths, expected = (
-        (config.dims.patch_width, config.encoder.hidden_size),
-        (settings.patch_width, settings.hidden_size),
-    )
-    if widths != expected:
-        raise UserError(
-            f"{file}: patch and hidden width are {widths} by its tensors, but {expected} by --config or the models "
-            "that it names; pass the --config that belongs to it"
-        )
+def _check_vocabulary(config: EDJEConfig, tokenizer: CaptionTokenizer, settings: _Settings, file: Path) -> None:
     if tokenizer.vocab_size + 1 != config.encoder.vocab_size:
         raise UserError(
             f"{file}: {config.encoder.vocab_size} word embeddings; the vocabulary {settings.tokenizer} with <image> "
@@ -238,10 +230,14 @@ def _infer_config(tensors: dict[str, Tensor], settings: _Settings, file: Path) -
             raise UserError(f"{file}: no tensor {name} of the published layout in it; not an EDJE checkpoint?")
         return tensors[name].shape[dimension]
 
-    bert = "language_model.bert."
-    layers = [name.removeprefix(f"{bert}encoder.layer.").split(".")[0] for name in tensors if ".layer." in name]
     compressed = "vision_projection.query" in tensors
     fc1 = f"vision_projection.{'mlp.fc1' if compressed else '0'}.weight"
+    widths, expected = (size(fc1, 1), size(WORDS, 1)), (settings.patch_width, settings.hidden_size)
+    if widths != expected:
+        raise UserError(
+            f"{file}: patch and hidden width are {widths} by its tensors, but {expected} by --config or the models "
+            "that it names; pass the --config that belongs to it"
+        )
     adapter = AdapterConfig(
         kind="compression" if compressed else "local",
         mlp_width=size(fc1, 0),
@@ -250,23 +246,29 @@ def _infer_config(tensors: dict[str, Tensor], settings: _Settings, file: Path) -
         layer_norm_eps=settings.adapter_eps,
         **({"num_tokens": size("vision_projection.query", 1)} if compressed else {}),
     )
-    encoder = EncoderConfig(
-        vocab_size=size(WORDS, 0),
-        hidden_size=size(WORDS, 1),
-        num_layers=len(set(layers)),
-        num_heads=settings.encoder_heads,
-        intermediate_size=size(f"{bert}encoder.layer.0.intermediate.dense.weight", 0),
-        activation=settings.activation,
-        layer_norm_eps=settings.encoder_eps,
-        max_positions=size(f"{bert}embeddings.position_embeddings.weight", 0),
-        type_vocab_size=size(f"{bert}embeddings.token_type_embeddings.weight", 0),
-    )
     dims = BackboneDims(
         num_patches=settings.num_patches,
-        patch_width=size(fc1, 1),
+        patch_width=widths[0],
         embedding_width=size("text_projection.weight", 0),
     )
+    encoder = _infer_encoder(tensors, settings, size)
     return EDJEConfig(backbone=settings.backbone, dims=dims, adapter=adapter, encoder=encoder)
+
+
+def _infer_encoder(tensors: dict[str, Tensor], settings: _Settings, size: Callable[[str, int], int]) -> EncoderConfig:
+    layer = "language_model.bert.encoder.layer."
+    embeddings = "language_model.bert.embeddings."
+    return EncoderConfig(
+        vocab_size=size(WORDS, 0),
+        hidden_size=size(WORDS, 1),
+        num_layers=len({name.removeprefix(layer).split(".")[0] for name in tensors if name.startswith(layer)}),
+        num_heads=settings.encoder_heads,
+        intermediate_size=size(f"{layer}0.intermediate.dense.weight", 0),
+        activation=settings.activation,
+        layer_norm_eps=settings.encoder_eps,
+        max_positions=size(f"{embeddings}position_embeddings.weight", 0),
+        type_vocab_size=size(f"{embeddings}token_type_embeddings.weight", 0),
+    )
 
 
 def _renamed(name: str) -> str | None:
