@@ -115,7 +115,7 @@ def read_published(path: str | Path, config_json: str | Path | None = None) -> P
     tokenizer = CaptionTokenizer.from_pretrained(settings.tokenizer)
     _check_vocabulary(config, tokenizer, settings, file)
     # The published training ran in bfloat16; ours keeps float32 master weights.
-    renamed = {name: (_renamed(name), tensor.float()) for name, tensor in published.items()}
+    renamed = {name: (our_name(name), tensor.float()) for name, tensor in published.items()}
     return Published(
         config=config,
         state={ours: tensor for ours, tensor in renamed.values() if ours is not None},
@@ -271,7 +271,7 @@ def _infer_encoder(tensors: dict[str, Tensor], settings: _Settings, size: Callab
     )
 
 
-def _renamed(name: str) -> str | None:
+def our_name(name: str) -> str | None:
     """Our name of a published parameter; None where it is no part of the model."""
     if name.endswith(".position_ids"):  # a constant buffer that older transformers saved
         return None

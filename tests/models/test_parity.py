@@ -1,43 +1,19 @@
 """An imported checkpoint reproduces what the public implementation computed for it (tests/parity/README.md)."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from models.captions import CaptionIds, canonical_caption
-from models.checkpoint import load_state
 from models.edje import EDJE
-from models.published import read_published
-
-PARITY = Path(__file__).parents[1] / "parity"
-CASES = ("tiny_local", "tiny_m4", "tiny_m7", "tiny_long", "tiny_bf16")
-
-
-class Case:
-    """One directory of tests/parity: the imported model, inputs, expected outputs."""
-
-    def __init__(self, name: str):
-        folder = PARITY / name
-        published = read_published(folder / "checkpoint.safetensors", folder / "config.json")
-        self.model = EDJE(published.config, published.tokenizer).eval()
-        extra = {k: v for k, v in self.model.state_dict().items() if "." not in k}
-        load_state(self.model, published.state | extra)
-        self.inputs = load_file(folder / "inputs.safetensors")
-        self.expected = load_file(folder / "expected.safetensors")
-        self.json = json.loads((folder / "inputs.json").read_text())
-
-    def pack_own_pairs(self, captions: CaptionIds, tokens: torch.Tensor):
-        """Caption i with image i."""
-        index = torch.arange(len(tokens))
-        return self.model.encoder.pack_pairs(captions, tokens, index, index)
+from tests.parity.published_case import CASES, PARITY, PublishedCase, assert_close
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request) -> Case:
-    return Case(request.param)
+def case(request) -> PublishedCase:
+    return PublishedCase(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -46,24 +22,13 @@ def no_gradients():
         yield
 
 
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-def masked_rows_in_caption_order(case: Case) -> torch.Tensor:
-    """[sum of caption lengths] bool: which word pieces `mlm_labels` asks for."""
-    pieces = case.model.tokenizer(case.json["raw_captions"], max_pieces=61)
-    labels = case.inputs["mlm_labels"]
-    return torch.cat([labels[i, 1 : 1 + n] != -100 for i, n in enumerate(pieces.lengths.tolist())])
-
-
 def test_captions_are_cleaned_alike(case):
-    assert [canonical_caption(raw) for raw in case.json["raw_captions"]] == case.json["captions"]
+    assert [canonical_caption(raw) for raw in case.raw_captions] == case.json["captions"]
 
 
 @pytest.mark.parametrize(("kind", "max_pieces"), [("joint", 61), ("text", 62)])
 def test_word_pieces_are_the_same(case, kind, max_pieces):
-    ids = case.model.tokenizer(case.json["raw_captions"], max_pieces)
+    ids = case.model.tokenizer(case.raw_captions, max_pieces)
     rows = case.inputs[f"{kind}_input_ids"]
     sep = case.model.tokenizer.sep_id
     theirs = [row[1 : row.tolist().index(sep)] for row in rows]
@@ -76,7 +41,7 @@ def test_vision_tokens_are_the_same(case):
 
 
 def test_hidden_states_of_every_token_are_the_same(case):
-    captions = case.model.tokenizer(case.json["raw_captions"], max_pieces=61)
+    captions = case.joint_pieces()
     packed = case.pack_own_pairs(captions, case.model.compress(case.inputs["patch_tokens"]))
     hidden = case.model.encoder.encode(packed)
     lengths = case.inputs["joint_attention_mask"].sum(1)
@@ -85,7 +50,7 @@ def test_hidden_states_of_every_token_are_the_same(case):
 
 
 def test_pooled_states_are_the_same(case):
-    captions = case.model.tokenizer(case.json["raw_captions"], max_pieces=61)
+    captions = case.joint_pieces()
     packed = case.pack_own_pairs(captions, case.model.compress(case.inputs["patch_tokens"]))
     pooled = case.model.match_head.pool(case.model.encoder.encode(packed, packed.cls_rows))
     assert_close(pooled, case.expected["joint_pooled"])
@@ -93,20 +58,20 @@ def test_pooled_states_are_the_same(case):
 
 def test_match_logits_of_own_pairs_are_the_same(case):
     tokens = case.model.compress(case.inputs["patch_tokens"])
-    assert_close(case.model.score(case.json["raw_captions"], tokens), case.expected["positive_logits"])
+    assert_close(case.model.score(case.raw_captions, tokens), case.expected["positive_logits"])
 
 
 def test_match_logits_of_all_pairs_are_the_same(case):
     tokens = case.model.compress(case.inputs["patch_tokens"])
     size = len(tokens)
     captions, images = torch.arange(size).repeat_interleave(size), torch.arange(size).repeat(size)
-    logits = case.model.match_logits(case.model.tokenizer(case.json["raw_captions"]), tokens, captions, images)
+    logits = case.model.match_logits(case.model.tokenizer(case.raw_captions), tokens, captions, images)
     assert_close(logits.view(size, size), case.expected["pair_logits"])
 
 
 def test_mlm_logits_are_the_same(case):
-    captions = case.model.tokenizer(case.json["raw_captions"], max_pieces=61)
-    masked = masked_rows_in_caption_order(case)
+    captions = case.joint_pieces()
+    masked = case.masked_pieces()
     captions = CaptionIds(captions.ids.masked_fill(masked, case.model.tokenizer.mask_id), captions.lengths)
     packed = case.pack_own_pairs(captions, case.model.compress(case.inputs["patch_tokens"]))
     hidden = case.model.encoder.encode(packed, packed.caption_rows[masked])
@@ -114,7 +79,7 @@ def test_mlm_logits_are_the_same(case):
 
 
 def test_recovered_text_embeddings_are_the_same(case):
-    text_cls = case.model.text_cls(case.model.tokenizer(case.json["raw_captions"]))
+    text_cls = case.model.text_cls(case.model.tokenizer(case.raw_captions))
     assert_close(text_cls, case.expected["text_last_hidden"][:, 0])
     assert_close(case.model.recover_text_embedding(text_cls), case.expected["text_projected"])
 
@@ -123,11 +88,11 @@ def test_logits_survive_saving_and_loading(case, tmp_path):
     case.model.save_pretrained(tmp_path / "imported")
     again = EDJE.from_pretrained(tmp_path / "imported")
     tokens = again.compress(case.inputs["patch_tokens"])
-    assert_close(again.score(case.json["raw_captions"], tokens), case.expected["positive_logits"])
+    assert_close(again.score(case.raw_captions, tokens), case.expected["positive_logits"])
 
 
 def test_gallery_logits_are_the_same():
-    case = Case("tiny_m4")
+    case = PublishedCase("tiny_m4")
     gallery = load_file(PARITY / "tiny_m4" / "retrieval.safetensors")
     captions = json.loads((PARITY / "tiny_m4" / "retrieval.json").read_text())["captions"]
     ids, tokens = case.model.tokenizer(captions), case.model.compress(gallery["patch_tokens"])
