@@ -23,8 +23,8 @@ RGB = {
     "pink": (250, 125, 190),
     "black": (30, 30, 34),
 }
-DIAMETER = {"large": 0.42, "small": 0.25}
-"""Shares of the image: 27 and 16 of 64 pixels."""
+DIAMETER = {"large": 0.4, "small": 0.24}
+"""Shares of the image: 26 and 15 of 64 pixels. Two large ones side by side at the largest scale still do not touch."""
 SCALES = (0.94, 1.0, 1.06)
 MARK_PERIOD = 0.08
 """Distance of stripes and of dots, the same on large and small objects: 5.1 of 64 pixels."""

@@ -7,11 +7,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
+from itertools import groupby, permutations
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from data.scene_captions import CaptionWriter
+from data.scene_world import VALUES, Scene, draw_splits
 from data.scenes import main, read_annotations, write_contact_sheet, write_scenes
 from models.errors import UserError
 
@@ -200,9 +203,39 @@ def test_named_objects_are_where_and_what_the_picture_shows(folder, images):
             assert looks.get(thing["colour"], True), thing
 
 
-def test_vocabulary_is_small(images):
-    words = {word for image in images for caption in captions_of(image) for word in caption.split()}
-    assert len(words) < 60
+@pytest.fixture(scope="module")
+def full_size() -> dict[str, list[Scene]]:
+    return draw_splits({"train": 6000, "val": 500, "test": 500}, seed=0)
+
+
+def test_at_full_size_no_described_pair_of_objects_and_no_family_occurs_twice(full_size):
+    scenes = [scene for split in full_size.values() for scene in split]
+    assert {split: len(drawn) for split, drawn in full_size.items()} == {"train": 6000, "val": 500, "test": 500}
+    assert len({scene.key for scene in scenes}) == 7000
+    assert len({scene.family_key for scene in scenes}) == len({scene.family for scene in scenes})
+    pairs = Counter()
+    for scene in scenes:
+        for a, b in permutations(scene.objects, 2):
+            right, down = round(4 * (b.x - a.x)) > 1, round(4 * (b.y - a.y)) > 1
+            pairs.update((a.attributes, b.attributes, way) for way, holds in enumerate((right, down)) if holds)
+    assert max(pairs.values()) == 1
+
+
+def test_at_full_size_all_captions_differ_and_the_vocabulary_is_small(full_size):
+    scenes = [scene for split in full_size.values() for scene in split]
+    writer = CaptionWriter(scenes, seed=0)
+    families = [list(siblings) for _, siblings in groupby(scenes, key=lambda scene: scene.family)]
+    captions = [caption for family in families for image in writer.write_family(family) for caption in image]
+    assert len({*captions}) == len(captions) == 35_000
+    assert len({word for caption in captions for word in caption.split()}) <= 60
+
+
+def test_more_scenes_than_the_world_has_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(VALUES, "colour", ("red", "blue", "green"))
+    monkeypatch.setitem(VALUES, "shape", ("circle", "square", "star"))
+    with pytest.raises(UserError, match="ask for fewer images"):
+        write_scenes(tmp_path, 5000, 0, 0, seed=0)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_second_start_does_nothing_and_other_arguments_write_anew(tmp_path):
