@@ -58,8 +58,10 @@ class CaptionDataset:
         return int(start), int(stop)
 
 
-def load_annotations(file: str | Path, root: str | Path, split: str, check_images: bool = False) -> CaptionDataset:
-    """Read one split of an annotation file; `check_images` also looks whether every image file exists.
+def load_annotations(
+    file: str | Path, root: str | Path, split: str | None, check_images: bool = False
+) -> CaptionDataset:
+    """Read one split of an annotation file, or all (None); `check_images` also looks whether every image file exists.
 
     For a BLIP/ALBEF list, which is one split, `split` chooses nothing. Raises UserError naming the file and the
     first row that is wrong: missing file, no JSON, no such split (with those there are), no images, an image
@@ -92,14 +94,14 @@ def _read_json(file: Path) -> Any:
         raise UserError(f"{file}: not valid JSON ({error}); truncated or not an annotation file") from error
 
 
-def _karpathy_rows(images: list[Any], split: str, file: Path) -> Iterator[Row]:
+def _karpathy_rows(images: list[Any], split: str | None, file: Path) -> Iterator[Row]:
     names = ("train", "restval") if split == "train" else (split,)
     found: Counter[str] = Counter()
     for number, image in enumerate(images):
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str):
             raise UserError(f'{file}: images[{number}] has no "filename"; expected Karpathy\'s layout')
         found[str(image.get("split"))] += 1
-        if image.get("split") not in names:
+        if split is not None and image.get("split") not in names:
             continue
         image_id = (Path(image.get("filepath") or "") / image["filename"]).as_posix()
         sentences = image.get("sentences") or []
@@ -107,7 +109,7 @@ def _karpathy_rows(images: list[Any], split: str, file: Path) -> Iterator[Row]:
             raise UserError(f"{file}: sentences of image '{image_id}' are {sentences!r}; expected a list")
         captions = [s.get("raw") if isinstance(s, dict) else s for s in sentences]
         yield image_id, _checked(captions, image_id, file), image.get("subset")
-    if found and not any(found[name] for name in names):
+    if split is not None and found and not any(found[name] for name in names):
         there = ", ".join(f"{name} ({count} images)" for name, count in sorted(found.items()))
         raise UserError(f"{file}: no split {split!r}; there are {there}")
 

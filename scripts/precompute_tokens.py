@@ -1,0 +1,142 @@
+"""Encode images once and store their tokens: compressed ones of a trained checkpoint, or patch tokens to train from.
+
+Compressed tokens, to rerank and to evaluate from:
+    torchrun --nproc_per_node=8 scripts/precompute_tokens.py --checkpoint runs/demo --images photos --out photos.store
+Patch tokens of a data set and the embeddings of its captions, to train from (data.store, data.caption_store):
+    python scripts/precompute_tokens.py --backbone-name ViT-B-16-quickgelu --backbone-pretrained openai \\
+        --images dataset_flickr30k.json --root flickr30k-images --out runs/patches --captions runs/captions
+
+Ids are paths relative to the folder or root. A killed run continues with the same command: shards that are finished
+stay, and the manifest, written last, makes the store readable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.caption_datasets import load_annotations
+from models.backbone import Backbone
+from models.config import BackboneConfig
+from models.edje import EDJE
+from models.errors import UserError, run_entry_point
+from models.indexing import find_images, precompute, precompute_captions, unreadable_images
+from models.ranks import Ranks, process_group
+from models.store_format import DTYPES
+from models.token_store import TokenStore
+
+
+@dataclass
+class Items:
+    """What is to be encoded: N image files under N ids, and the captions of an annotation file."""
+
+    paths: list[Path]
+    ids: list[str]
+    captions: list[str]
+
+
+def read_items(images: Path, root: Path | None, split: str | None) -> Items:
+    """Images of a folder, of an annotation file (.json), or of a text file with one path a line.
+
+    `root` is what the file's paths are relative to, by default the folder that it lies in."""
+    if images.suffix == ".json":
+        dataset = load_annotations(images, root or images.parent, split)
+        return Items([dataset.path(i) for i in range(len(dataset))], dataset.image_ids, dataset.captions)
+    if images.is_dir():
+        ids, root = find_images(images), images
+    else:
+        ids, root = _read_lines(images), root or images.parent
+    if split is not None:
+        raise UserError(f"--split {split}: {images} has no splits; pass an annotation file (.json) or leave it out")
+    return Items([root / item_id for item_id in ids], ids, [])
+
+
+def _read_lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file}: cannot be read as a list of images ({error}); pass a folder, an annotation file (.json) or a "
+            "text file with one path a line"
+        ) from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def leave_out_unreadable(items: Items, ranks: Ranks, num_workers: int) -> None:
+    """Decode every image once and drop, by name, those that cannot be read."""
+    bad = unreadable_images(items.paths, ranks, num_workers)
+    if ranks.is_main:
+        for reason in bad.values():
+            print(f"left out: {reason}", file=sys.stderr)
+    kept = [i for i in range(len(items.ids)) if i not in bad]
+    items.paths, items.ids = [items.paths[i] for i in kept], [items.ids[i] for i in kept]
+
+
+def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Backbone, EDJE | None]:
+    """The checkpoint and its backbone, or the backbone that the options name, without a model."""
+    if args.checkpoint is not None:
+        model = EDJE.from_pretrained(args.checkpoint, device=ranks.device)
+        return Backbone.load(model.config.backbone, ranks.device, args.precision), model
+    config = BackboneConfig(
+        name=args.backbone_name,
+        pretrained=args.backbone_pretrained,
+        token_stages=tuple(args.token_stages),
+        token_grid=args.token_grid,
+    )
+    return Backbone.load(config, ranks.device, args.precision), None
+
+
+def describe(store: TokenStore, what: str) -> str:
+    size = sum(record.bytes for record in store.manifest.shards)
+    return f"{store.path}: {len(store):,} {what} ({store.manifest.backbone}), {size / 1e6:,.1f} MB {store.dtype}"
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    items = read_items(args.images, args.root, args.split)
+    if args.captions is not None and not items.captions:
+        raise UserError(f"--captions {args.captions}: {args.images} has no captions; pass an annotation file (.json)")
+    backbone, model = load_models(args, ranks)
+    if args.skip_unreadable:
+        leave_out_unreadable(items, ranks, args.workers)
+    options = dict(ranks=ranks, dtype=args.dtype, batch_size=args.batch_size, num_workers=args.workers)
+    stores = [(precompute(args.out, items.paths, items.ids, backbone, model, **options), "images")]
+    if args.captions is not None:
+        stores.append((precompute_captions(args.captions, items.captions, backbone, ranks=ranks), "captions"))
+    if ranks.is_main:
+        print(*(describe(store, what) for store, what in stores), sep="\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, metavar="DIR", help="trained model: store its compressed tokens")
+    source.add_argument("--backbone-pretrained", metavar="NAME", help="no model: store patch tokens; tag or directory")
+    parser.add_argument("--backbone-name", default="", help="open_clip model; not needed for a directory")
+    parser.add_argument("--token-stages", type=int, nargs="+", default=[], help="convolutional towers, e.g. 2 3 4")
+    parser.add_argument("--token-grid", type=int, default=0, help="convolutional towers: side of the token grid")
+    parser.add_argument("--images", type=Path, required=True, help="folder, annotation file (.json) or list of paths")
+    parser.add_argument("--root", type=Path, help="folder that a file's paths are relative to (default: the file's)")
+    parser.add_argument("--split", help="of an annotation file; default: all splits")
+    parser.add_argument("--out", type=Path, required=True, metavar="STORE", help="directory of the token store")
+    parser.add_argument("--captions", type=Path, metavar="STORE", help="also store the captions' embeddings there")
+    parser.add_argument("--dtype", default="float16", choices=list(DTYPES), help="of stored tokens (%(default)s)")
+    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of the backbone")
+    parser.add_argument("--batch-size", type=int, default=32, help="images a backbone pass (%(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="processes a rank that decode images (%(default)s)")
+    parser.add_argument("--skip-unreadable", action="store_true", help="list unreadable images and leave them out")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with process_group(args.device) as ranks:
+        run(args, ranks)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
