@@ -142,7 +142,7 @@ def _encode_captions(backbone: Backbone, captions: Sequence[str], ranks: Ranks, 
     """[C, De] float32."""
     embeddings = torch.empty(len(captions), backbone.dims.embedding_width, device=ranks.device)
     parts = blocks(len(captions), CAPTIONS_PER_BLOCK)
-    for part in _progress(_own(parts, ranks), "captions", progress):
+    for part in progress_bar(own_blocks(parts, ranks), "captions", progress):
         embeddings[part] = backbone.encode_texts(captions[part])
     _share(embeddings, parts, ranks)
     return embeddings
@@ -155,8 +155,8 @@ def _encode_images(
     embeddings = torch.empty(len(dataset), backbone.dims.embedding_width, device=ranks.device)
     tokens = _empty_tokens(model, len(dataset), ranks)
     parts = blocks(len(dataset), IMAGES_PER_BLOCK)
-    own = _own(parts, ranks)
-    for part, pixels in zip(_progress(own, "images", progress), _read_ahead(backbone, dataset, own), strict=True):
+    own = own_blocks(parts, ranks)
+    for part, pixels in zip(progress_bar(own, "images", progress), _read_ahead(backbone, dataset, own), strict=True):
         with watch.part("backbone"):
             features = backbone.encode_images(pixels)
         with watch.part("compress"):
@@ -174,7 +174,7 @@ def _compress_stored(
     rows = store.rows(dataset.image_ids)
     tokens = _empty_tokens(model, len(dataset), ranks)
     parts = blocks(len(dataset), IMAGES_PER_BLOCK)
-    for part in _progress(_own(parts, ranks), "stored tokens", progress):
+    for part in progress_bar(own_blocks(parts, ranks), "stored tokens", progress):
         with watch.part("compress"):
             tokens[part] = model.compress(store.gather_rows(rows[part]).to(ranks.device))
     _share(tokens, parts, ranks)
@@ -186,7 +186,8 @@ def _empty_tokens(model: EDJE, num_images: int, ranks: Ranks) -> Tensor:
     return torch.empty(num_images, config.num_vision_tokens, config.encoder.hidden_size, device=ranks.device)
 
 
-def _own(parts: list[slice], ranks: Ranks) -> list[slice]:
+def own_blocks(parts: list[slice], ranks: Ranks) -> list[slice]:
+    """This rank's share: blocks are dealt out in turn."""
     return parts[ranks.rank :: ranks.size]
 
 
@@ -212,5 +213,6 @@ def _read_ahead(backbone: Backbone, dataset: CaptionDataset, parts: list[slice])
                 yield torch.stack([future.result() for future in pending.popleft()])
 
 
-def _progress(parts: list[slice], name: str, shown: bool) -> tqdm:
+def progress_bar(parts: list[slice], name: str, shown: bool) -> tqdm:
+    """The blocks, counted on a bar with rate and time left."""
     return tqdm(parts, desc=name, unit="block", disable=not shown, dynamic_ncols=True, leave=False)

@@ -16,18 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.caption_datasets import CaptionDataset
 from models.backbone import Backbone
 from models.captions import CaptionIds
-from models.edje import EDJE, SPECIAL_PIECES
+from models.edje import EDJE
 from models.errors import UserError
 from models.precision import fastest_dtype
 from models.ranks import Ranks
 from models.token_store import TokenStore
 
-from .gallery import Gallery, Stopwatch, blocks, build_gallery
+from .gallery import Gallery, Stopwatch, blocks, build_gallery, own_blocks, progress_bar
 from .metrics import RECALL_DEPTHS
 from .results import DirectionResults, Results
 
@@ -67,14 +66,14 @@ def evaluate(
     dtype = dtype or ranks.gather_objects(fastest_dtype(ranks.device))[0]
     watch = Stopwatch(ranks.device, {"backbone": 0.0, "compress": 0.0, "rerank": 0.0})
     was_training = model.training
-    model.eval()
+    scorer = model.eval().optimized(dtype)
     with torch.inference_mode():
         gallery = build_gallery(model, backbone, dataset, ranks, store, caption_store, watch, progress)
         directions = {}
         for direction in DIRECTIONS:
             pools = first_stage(*_embeddings(gallery, direction), depth=max(k, *RECALL_DEPTHS))
             with watch.part("rerank"):
-                logits = rerank_pools(model, gallery, pools, direction, k, ranks, dtype, pairs_per_batch, progress)
+                logits = rerank_pools(scorer, gallery, pools, direction, k, ranks, pairs_per_batch, progress)
             directions[direction] = _direction_results(dataset, direction, pools, logits, model.config.fusion_lambda)
     model.train(was_training)
     precision = str(dtype).removeprefix("torch.")
@@ -121,7 +120,6 @@ def rerank_pools(
     direction: str,
     k: int,
     ranks: Ranks,
-    dtype: torch.dtype = torch.float32,
     pairs_per_batch: int | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -130,9 +128,8 @@ def rerank_pools(
     direction: `t2i` (queries are captions) or `i2t` (queries are images)."""
     pairs = _PairList.of(model, gallery, pools, direction, k)
     size = pairs_per_batch or (128 if ranks.device.type == "cpu" else 1024)
-    own = blocks(len(pairs), size)[ranks.rank :: ranks.size]
-    bar = tqdm(own, desc=f"rerank {direction}", unit="batch", disable=not progress, dynamic_ncols=True, leave=False)
-    scored = [pairs.logits(model, gallery, part, dtype) for part in bar]
+    bar = progress_bar(own_blocks(blocks(len(pairs), size), ranks), f"rerank {direction}", progress)
+    scored = [pairs.logits(model, gallery, part) for part in bar]
     return _collect(scored, len(pairs), ranks).view(len(pools.ids), k)
 
 
@@ -148,7 +145,7 @@ class _PairList:
 
     @classmethod
     def of(cls, model: EDJE, gallery: Gallery, pools: Pools, direction: str, k: int) -> _PairList:
-        captions = model.tokenizer(gallery.dataset.captions).truncate(model.config.max_caption_tokens - SPECIAL_PIECES)
+        captions = model.tokenizer(gallery.dataset.captions, model.max_joint_pieces)
         candidates = pools.ids[:, :k].flatten().cpu()
         queries = torch.arange(len(pools.ids)).repeat_interleave(k)
         caption, image = (queries, candidates) if direction == "t2i" else (candidates, queries)
@@ -159,19 +156,18 @@ class _PairList:
     def __len__(self) -> int:
         return len(self.number)
 
-    def logits(self, model: EDJE, gallery: Gallery, part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def logits(self, model: EDJE, gallery: Gallery, part: slice) -> tuple[Tensor, Tensor]:
         """Numbers and match logits of the pairs of one micro-batch; each of its images is fetched once."""
         captions, caption_index = self.caption[part].unique(return_inverse=True)
         images, image_index = self.image[part].unique(return_inverse=True)
         device = model.device
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            logits = model.match_logits(
-                self.captions.select(captions).to(device),
-                gallery.tokens(images),
-                caption_index.to(device),
-                image_index.to(device),
-                self.similarity[part].to(device) if model.config.residual_similarity else None,
-            )
+        logits = model.match_logits(
+            self.captions.select(captions).to(device),
+            gallery.tokens(images),
+            caption_index.to(device),
+            image_index.to(device),
+            self.similarity[part].to(device) if model.config.residual_similarity else None,
+        )
         return self.number[part], logits.cpu()
 
 

@@ -1,0 +1,221 @@
+"""Evaluate a checkpoint's retrieval: embedding alone against EDJE, text to image and image to text.
+
+What the run trained on:  python evaluation/evaluate_retrieval.py --checkpoint runs/demo --out runs/demo
+Any Karpathy file:        python evaluation/evaluate_retrieval.py --checkpoint runs/emoji \\
+                              --dataset emoji/dataset_emoji.json --data-root emoji --split test
+Eight GPUs:               torchrun --nproc_per_node=8 evaluation/evaluate_retrieval.py --checkpoint runs/coco \\
+                              --dataset flickr30k --data-root flickr30k
+
+Writes results.json, results.md, report.html and rankings.npz; the rankings do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import yaml
+
+from data.caption_datasets import CaptionDataset, load_annotations
+from evaluation.output import markdown_table, results_json, write_results
+from evaluation.report import write_report
+from evaluation.results import Results, choose_lambda
+from evaluation.retrieval import check_pool, evaluate
+from models.backbone import Backbone
+from models.checkpoint import CONFIG_FILE, resolve_checkpoint, write_config
+from models.edje import EDJE
+from models.errors import UserError, run_entry_point
+from models.precision import fastest_dtype
+from models.ranks import Ranks, process_group
+from models.token_store import TokenStore
+
+BENCHMARKS = {"flickr30k": "dataset_flickr30k.json", "coco": "dataset_coco.json"}
+"""Names that --dataset takes for a file, and that file under --data-root."""
+TEST_SIZES = {"flickr30k": (1000, 5000), "coco": (5000, 25010)}
+"""Images and captions of the public test splits; recall on any other number is not comparable."""
+IMAGE_FOLDERS = {"flickr30k": "flickr30k-images"}
+"""Karpathy's Flickr30k file names images without their folder, which the public archive has."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The data to evaluate on."""
+
+    name: str
+    """What results.json calls it."""
+    annotations: Path
+    root: Path
+    store: str = ""
+    caption_store: str = ""
+
+    def load(self, split: str) -> CaptionDataset:
+        """One split; image files are looked for unless a store stands for them."""
+        dataset = load_annotations(self.annotations, self.root, split, check_images=not self.store)
+        expected = TEST_SIZES.get(self.name)
+        found = (len(dataset), len(dataset.captions))
+        if split == "test" and expected and found != expected:
+            raise UserError(
+                f"{self.annotations}: the test split has {found[0]:,} images and {found[1]:,} captions, {self.name}'s "
+                f"has {expected[0]:,} and {expected[1]:,}; recall on another set is not comparable, so get Karpathy's "
+                "file, or name it as a FILE.json"
+            )
+        return dataset
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint directory, or a run (its latest checkpoint)")
+    parser.add_argument("--dataset", help="flickr30k, coco, or an annotation file; default: the run's own data")
+    parser.add_argument("--data-root", help="folder that the annotations' image paths start from")
+    parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
+    parser.add_argument("--k", type=int, default=10, help="candidates reranked a query (default: 10)")
+    parser.add_argument("--store", help="token store to read instead of images: patch tokens, or this checkpoint's own")
+    parser.add_argument(
+        "--caption-store", help="store of the captions' text embeddings; with --store: no backbone runs"
+    )
+    parser.add_argument("--backbone", help="directory or file with the backbone's weights, where they moved")
+    parser.add_argument(
+        "--lambda-split", help="choose the fused score's lambda on this split and save it in the checkpoint"
+    )
+    parser.add_argument(
+        "--out", help="directory of the results (default: evaluation-DATASET-SPLIT beside the checkpoint)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load, evaluate, write, print the table."""
+    arguments = parse_arguments(argv)
+    logging.getLogger("open_clip").setLevel(logging.ERROR)
+    with process_group(arguments.device) as ranks:
+        checkpoint = resolve_checkpoint(arguments.checkpoint)
+        source = find_source(arguments, checkpoint)
+        dataset = source.load(arguments.split)
+        check_pool(arguments.k, dataset)
+        evaluator = Evaluator.load(arguments, checkpoint, source, ranks)
+        if arguments.lambda_split:
+            evaluator.fit_lambda(source.load(arguments.lambda_split), checkpoint)
+        results = evaluator.evaluate(dataset)
+        if ranks.is_main:
+            write_outputs(arguments, checkpoint, source, dataset, results)
+        ranks.barrier()
+
+
+@dataclass
+class Evaluator:
+    """Everything that one evaluation and the choice of lambda have in common."""
+
+    model: EDJE
+    backbone: Backbone | None
+    store: TokenStore | None
+    caption_store: TokenStore | None
+    dtype: torch.dtype
+    k: int
+    ranks: Ranks
+
+    @classmethod
+    def load(cls, arguments: argparse.Namespace, checkpoint: Path, source: Source, ranks: Ranks) -> Evaluator:
+        """Model, stores, and the backbone unless stores stand for it; one precision for all ranks."""
+        model = EDJE.from_pretrained(checkpoint, ranks.device)
+        store = TokenStore.open(source.store) if source.store else None
+        caption_store = TokenStore.open(source.caption_store) if source.caption_store else None
+        precision = arguments.precision
+        if precision == "auto":
+            # Each rank times its own arithmetic; all take rank 0's answer.
+            precision = ranks.gather_objects(str(fastest_dtype(ranks.device)).removeprefix("torch."))[0]
+        backbone = None
+        if store is None or caption_store is None:
+            config = model.config.backbone
+            if arguments.backbone:
+                config = replace(config, pretrained=arguments.backbone)
+            backbone = Backbone.load(config, ranks.device, precision)
+        return cls(model, backbone, store, caption_store, getattr(torch, precision), arguments.k, ranks)
+
+    def evaluate(self, dataset: CaptionDataset) -> Results:
+        return evaluate(
+            self.model,
+            self.backbone,
+            dataset,
+            self.ranks,
+            k=self.k,
+            store=self.store,
+            caption_store=self.caption_store,
+            dtype=self.dtype,
+            progress=self.ranks.is_main,
+        )
+
+    def fit_lambda(self, validation: CaptionDataset, checkpoint: Path) -> None:
+        """Choose the fused score's lambda on a validation split, use it, and save it in the checkpoint."""
+        check_pool(self.k, validation)
+        chosen = choose_lambda(self.evaluate(validation))
+        self.model.config = replace(self.model.config, fusion_lambda=chosen)
+        if self.ranks.is_main:
+            write_config(checkpoint, self.model.config)
+            print(f"lambda {chosen:g}, saved in {checkpoint / CONFIG_FILE}")
+
+
+def find_source(arguments: argparse.Namespace, checkpoint: Path) -> Source:
+    """The data that --dataset names, else the data that the run was configured with."""
+    if arguments.dataset is None:
+        source = _source_of_run(run_directory(arguments.checkpoint, checkpoint), arguments.data_root)
+    elif arguments.data_root is None:
+        raise UserError(f"--dataset {arguments.dataset} needs --data-root, the folder that its image paths start from")
+    elif arguments.dataset in BENCHMARKS:
+        root = Path(arguments.data_root)
+        folder = root / IMAGE_FOLDERS.get(arguments.dataset, "")
+        images = folder if folder.is_dir() else root
+        source = Source(arguments.dataset, root / BENCHMARKS[arguments.dataset], images)
+    else:
+        source = Source(arguments.dataset, Path(arguments.dataset), Path(arguments.data_root))
+    return replace(
+        source,
+        store=arguments.store or source.store,
+        caption_store=arguments.caption_store or source.caption_store,
+    )
+
+
+def run_directory(given: str, checkpoint: Path) -> Path:
+    """The run that a checkpoint belongs to: above `checkpoints/`, or what was given itself."""
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else Path(given)
+
+
+def _source_of_run(run: Path, data_root: str | None) -> Source:
+    try:
+        config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        config = None
+    data: dict[str, Any] = (config or {}).get("data") or {}
+    root = data_root or data.get("root")
+    if not root or not data.get("annotations"):
+        raise UserError(f"{run / CONFIG_FILE}: names no data; pass --dataset and --data-root")
+    annotations = Path(root) / data["annotations"]
+    return Source(str(annotations), annotations, Path(root), data.get("store") or "", data.get("caption_store") or "")
+
+
+def write_outputs(
+    arguments: argparse.Namespace, checkpoint: Path, source: Source, dataset: CaptionDataset, results: Results
+) -> None:
+    """The files, and the table on the terminal."""
+    run = run_directory(arguments.checkpoint, checkpoint)
+    base = checkpoint.parent if run == checkpoint else run
+    out = Path(arguments.out or base / f"evaluation-{source.annotations.stem}-{arguments.split}")
+    summary = results_json(results, str(checkpoint), source.name, arguments.split)
+    write_results(out, results, dataset, summary)
+    report = write_report(out, summary, results, dataset, run / "metrics.jsonl")
+    print(
+        f"\n{source.name}, {arguments.split}: {summary['images']:,} images, {summary['captions']:,} captions, "
+        f"k = {arguments.k}\n\n{markdown_table(summary)}\n\nreport: {report}"
+    )
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,158 @@
+"""The files of an evaluation: results.json (for programs), results.md (for people), rankings.npz (every score).
+
+rankings.npz holds what the numbers follow from, so a report can be drawn again without a model:
+    results, dataset = read_rankings("runs/demo/rankings.npz")
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.caption_datasets import CaptionDataset
+from models.errors import UserError
+
+from .results import DirectionResults, Results
+
+COLUMN_TITLES = {"embedding": "embedding alone", "reranked": "EDJE", "fused": "EDJE + similarity"}
+DIRECTION_TITLES = {"t2i": "text to image", "i2t": "image to text"}
+DIRECTION_ARRAYS = ("query_image", "item_image", "candidates", "similarities", "logits")
+
+
+def results_json(results: Results, checkpoint: str, dataset: str, split: str) -> dict[str, Any]:
+    """The content of results.json: recalls in percent, intervals in percentage points."""
+    return {"checkpoint": checkpoint, "dataset": dataset, "split": split} | results.summary()
+
+
+def markdown_table(summary: dict[str, Any]) -> str:
+    """The headline and, below it, the subsets: R@1 / R@5 / R@10 of each column, and the gain in R@1 with its interval.
+
+    summary: results_json(...) or results.json read back."""
+    columns = [column for column in COLUMN_TITLES if column in summary["t2i"]]
+    gains = ["reranked", *(["fused"] if "fused" in columns else [])]
+    header = ["R@1 / R@5 / R@10", *(COLUMN_TITLES[column] for column in columns)]
+    header += [f"gain of {COLUMN_TITLES[column]}, R@1 [95%]" for column in gains]
+    rows = [[DIRECTION_TITLES[d], *table_row(summary[d], columns, gains)] for d in DIRECTION_TITLES]
+    for name, part in summary.get("subsets", {}).items():
+        rows += [[f"{name}, {DIRECTION_TITLES[d]}", *table_row(part[d], columns, gains)] for d in DIRECTION_TITLES]
+    return _aligned([header, *rows])
+
+
+def table_row(part: dict[str, Any], columns: list[str], gains: list[str]) -> list[str]:
+    """Cells of one direction: recalls of each column, then the gain of each of `gains` over the embedding."""
+    recalls = [" / ".join(f"{part[column][f'R@{k}']:.1f}" for k in (1, 5, 10)) for column in columns]
+    return recalls + [gain_text(part, column) for column in gains]
+
+
+def gain_text(part: dict[str, Any], column: str) -> str:
+    """`+20.1 [18.6, 21.7]`: R@1 of `column` above the embedding's, percentage points, and its 95% interval."""
+    low, high = part["gain_R@1_ci95" if column == "reranked" else f"{column}_gain_R@1_ci95"]
+    return f"{part[column]['R@1'] - part['embedding']['R@1']:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """A Markdown table whose source reads as a table too."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def markdown_report(summary: dict[str, Any]) -> str:
+    """results.md: what was evaluated, the table, and what it cost."""
+    lines = [
+        f"# Retrieval on {summary['dataset']}, split {summary['split']}",
+        "",
+        f"{summary['images']:,} images, {summary['captions']:,} captions; the embedding's first {summary['k']} "
+        f"candidates of each query reranked. Checkpoint: {summary['checkpoint']}.",
+        "",
+        markdown_table(summary),
+        "",
+    ]
+    for direction, title in DIRECTION_TITLES.items():
+        part = summary[direction]
+        lines.append(
+            f"- {title}: {part['pool_ceiling']:.1f}% of the queries have a right answer in their pool; "
+            f"EDJE put {part['helped']} right answers first and lost {part['hurt']}."
+        )
+    if "fused" in summary["t2i"]:
+        lines.append(f"- fused score: match logit + {summary['t2i']['fused']['lambda']:g} * cosine, from validation.")
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in summary["seconds"].items())
+    lines.append(f"- time: {seconds}; {summary['pairs_per_second']:,.0f} pairs/s in {summary['precision']}.")
+    return "\n".join(lines) + "\n"
+
+
+def write_results(out: str | Path, results: Results, dataset: CaptionDataset, summary: dict[str, Any]) -> None:
+    """Write results.json, results.md and rankings.npz into `out`, each in one step."""
+    out = Path(out)
+    write_atomically(out / "rankings.npz", _rankings_bytes(results, dataset))
+    write_atomically(out / "results.md", markdown_report(summary).encode())
+    write_atomically(out / "results.json", (json.dumps(summary, indent=1) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file, creating its directory: a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _rankings_bytes(results: Results, dataset: CaptionDataset) -> bytes:
+    arrays: dict[str, Any] = {
+        f"{direction}_{name}": getattr(getattr(results, direction), name)
+        for direction in DIRECTION_TITLES
+        for name in DIRECTION_ARRAYS
+    }
+    fusion_lambda = results.t2i.fusion_lambda
+    arrays |= {
+        "root": str(dataset.root.resolve()),
+        "image_ids": np.array(dataset.image_ids),
+        "captions": np.array(dataset.captions),
+        "caption_image": dataset.caption_image,
+        "subsets": np.array([subset or "" for subset in dataset.subsets]),
+        "fusion_lambda": np.nan if fusion_lambda is None else fusion_lambda,
+        "seconds": json.dumps(results.seconds),
+        "precision": results.precision,
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def read_rankings(path: str | Path) -> tuple[Results, CaptionDataset]:
+    """What write_results() wrote. Raises UserError naming the file if it is missing or damaged."""
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        directions = {
+            direction: DirectionResults(
+                **{name: arrays[f"{direction}_{name}"] for name in DIRECTION_ARRAYS},
+                fusion_lambda=None if np.isnan(arrays["fusion_lambda"]) else float(arrays["fusion_lambda"]),
+            )
+            for direction in DIRECTION_TITLES
+        }
+        subsets = [str(name) or None for name in arrays["subsets"]]
+        dataset = CaptionDataset(
+            Path(str(arrays["root"])),
+            arrays["image_ids"].tolist(),
+            arrays["captions"].tolist(),
+            arrays["caption_image"],
+            subsets,
+        )
+        seconds, precision = json.loads(str(arrays["seconds"])), str(arrays["precision"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path}: missing or not readable as rankings ({error}); write it again with evaluate_retrieval.py"
+        ) from None
+    return Results(**directions, image_subsets=subsets, seconds=seconds, precision=precision), dataset
