@@ -30,7 +30,7 @@ MARK_PERIOD = 0.08
 """Distance of stripes and of dots, the same on large and small objects: 5.1 of 64 pixels."""
 
 
-def render_scene(scene: Scene, image_size: int, seed: int) -> Image.Image:
+def render_scene(scene: Scene, image_size: int, seed: str) -> Image.Image:
     """An RGB image of image_size x image_size pixels; equal arguments give equal pixels.
 
     The seed draws what no caption tells: the tone of the background, small changes of colour and scale."""

@@ -40,32 +40,37 @@ def write_scenes(
     The annotation file is written last and holds the arguments: where it stands with the same arguments, nothing is
     done; where with others, the old data set is removed first.
 
-    Raises UserError for a negative count, an image size below 32, an annotation file that this module did not write,
-    and more images than the world has scenes."""
+    Raises UserError for a negative count, an image size below 32, an `out` that is a file, an annotation file that
+    this module did not write, and more images than the world has scenes."""
     sizes = {"train": num_train, "val": num_val, "test": num_test}
-    for name, value, least in [*((split, n, 0) for split, n in sizes.items()), ("image size", image_size, 32)]:
-        if value < least:
-            raise UserError(f"scenes: {name} is {value}; it must be at least {least}")
-    generation = {"format": FORMAT, "seed": seed, "image_size": image_size, **sizes}
     out = Path(out)
+    _check_arguments(out, image_size, sizes)
+    generation = {"format": FORMAT, "seed": seed, "image_size": image_size, **sizes}
     annotation_file = out / ANNOTATION_FILE
-    if annotation_file.exists():
-        previous = read_annotations(annotation_file)
-        if previous["generation"] == generation and all(
-            _image_file(out, image).exists() for image in previous["images"]
-        ):
+    previous = read_annotations(annotation_file) if annotation_file.exists() else None
+    if previous and previous["generation"] == generation:
+        if all(_image_file(out, image).exists() for image in previous["images"]):
             return annotation_file
-        _remove(annotation_file, previous)
     splits = draw_splits(sizes, seed)
     images = list(_annotate(splits, seed))
+    if previous:
+        _remove(annotation_file, previous)
     scenes = [scene for split in splits.values() for scene in split]
     for image, scene in zip(tqdm(images, desc="scenes", unit="image"), scenes, strict=True):
         path = _image_file(out, image)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The seed is of the image, not of a running generator, so that pictures can be drawn in any order.
+        # Seeded by the image, not by a running generator: one picture can be drawn again without the others.
         render_scene(scene, image_size, seed=f"{seed} {image['imgid']}").save(path)
     _write_json(annotation_file, {"dataset": "scenes", "generation": generation, "images": images})
     return annotation_file
+
+
+def _check_arguments(out: Path, image_size: int, sizes: dict[str, int]) -> None:
+    for name, value, least in [*((split, n, 0) for split, n in sizes.items()), ("image size", image_size, 32)]:
+        if value < least:
+            raise UserError(f"scenes: {name} is {value}; it must be at least {least}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: not a folder; the data set is written into one, choose another --out")
 
 
 def read_annotations(file: Path) -> dict:

@@ -122,7 +122,7 @@ def is_true(parsed: tuple, image: dict) -> bool:
         assert len(fitting) == 1, "an object is named ambiguously"
         found.append(fitting[0])
     return all(
-        (found[b]["x"] - found[a]["x"]) * -dx + (found[b]["y"] - found[a]["y"]) * -dy > 0.25
+        (found[a]["x"] - found[b]["x"]) * dx + (found[a]["y"] - found[b]["y"]) * dy > 0.25
         for a, (dx, dy), b in relations
     )
 
@@ -230,12 +230,14 @@ def test_at_full_size_all_captions_differ_and_the_vocabulary_is_small(full_size)
     assert len({word for caption in captions for word in caption.split()}) <= 60
 
 
-def test_more_scenes_than_the_world_has_are_refused(tmp_path, monkeypatch):
+def test_more_scenes_than_the_world_has_are_refused_and_what_was_there_stays(tmp_path, monkeypatch):
+    write_scenes(tmp_path, 8, 0, 0, seed=0)
+    before = sorted(tmp_path.rglob("*"))
     monkeypatch.setitem(VALUES, "colour", ("red", "blue", "green"))
     monkeypatch.setitem(VALUES, "shape", ("circle", "square", "star"))
     with pytest.raises(UserError, match="ask for fewer images"):
         write_scenes(tmp_path, 5000, 0, 0, seed=0)
-    assert not any(tmp_path.iterdir())
+    assert sorted(tmp_path.rglob("*")) == before, "the data set that was there is gone"
 
 
 def test_a_second_start_does_nothing_and_other_arguments_write_anew(tmp_path):
@@ -273,7 +275,9 @@ def test_impossible_sizes_are_refused(tmp_path):
         write_scenes(tmp_path, -1, 0, 0, seed=0)
     with pytest.raises(UserError, match="image size is 8"):
         write_scenes(tmp_path, 8, 0, 0, seed=0, image_size=8)
-    assert not any(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: not a folder"):
+        write_scenes(tmp_path / "file", 8, 0, 0, seed=0)
 
 
 def test_the_contact_sheet_shows_families_of_the_test_split(folder, tmp_path):
