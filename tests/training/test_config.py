@@ -1,0 +1,83 @@
+"""Configurations: inheritance, overrides, and errors that name key, file and mend."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from models.errors import UserError
+from training.config import RunConfig, load_config, save_config
+
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+
+
+def write(path: Path, **content) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_loads(path):
+    assert isinstance(load_config(path), RunConfig)
+
+
+def test_a_file_overrides_its_base_key_by_key(tmp_path):
+    write(tmp_path / "base.yaml", training={"lr": 1e-3, "steps": 7}, seed=1)
+    child = write(tmp_path / "child.yaml", base="base.yaml", training={"lr": 2e-3})
+    config = load_config(child, ["seed=9", "training.encoder_lr=3e-5", "data.root="])
+    assert (config.training.lr, config.training.steps, config.seed) == (2e-3, 7, 9)
+    assert config.training.encoder_lr == 3e-5 and config.data.root == ""
+
+
+def test_a_saved_config_loads_to_the_same(tmp_path):
+    config = load_config(
+        write(tmp_path / "a.yaml", negatives={"mode": "groups"}),
+        ["backbone.token_stages=[2, 3]", "backbone.token_grid=5"],
+    )
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["training.warmup_step=3"], ["unknown key 'training.warmup_step'", "did you mean 'training.warmup_steps'"]),
+        (["trainin.lr=3"], ["unknown key 'trainin'", "'training'"]),
+        (["training.steps=many"], ["'training.steps' is 'many'", "an integer"]),
+        (["training.lr=[1]"], ["'training.lr' is [1]", "a number"]),
+        (["training.steps=0"], ["training.steps is 0"]),
+        (["training.decay=linear"], ["training.decay is 'linear'", "cosine"]),
+        (["negatives.mode=groups", "negatives.group_size=7"], ["multiple of", "negatives.group_size (7)"]),
+        (["negatives.per_positive=256"], ["negatives.per_positive is 256", "below"]),
+        (["negatives.mode=groups", "negatives.pool=dataset"], ["needs", "data.store"]),
+        (["objectives.distillation=1"], ["objectives.distillation is 1.0", "teacher"]),
+        (["data.store=x"], ["data.caption_store"]),
+        (["training.lr"], ["expected key=value"]),
+        (["model.adapter.kind=mean"], ["adapter.kind is 'mean'", "compression"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_one_line_that_names_it(tmp_path, overrides, words):
+    file = write(tmp_path / "run.yaml", seed=1)
+    with pytest.raises(UserError) as caught:
+        load_config(file, overrides)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    with pytest.raises(UserError, match="'seeed'.*'training.lr'"):
+        load_config(write(tmp_path / "run.yaml", seeed=1, training={"lr": "fast"}))
+
+
+def test_a_base_that_leads_back_is_refused(tmp_path):
+    write(tmp_path / "a.yaml", base="b.yaml")
+    write(tmp_path / "b.yaml", base="a.yaml")
+    with pytest.raises(UserError, match="leads back"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_the_random_share_falls_linearly_to_its_floor(tmp_path):
+    file = write(tmp_path / "run.yaml", negatives={"random_start": 1.0, "random_end": 0.2, "random_steps": 10})
+    negatives = load_config(file).negatives
+    assert [round(negatives.random_share(step), 3) for step in (0, 5, 10, 99)] == [1.0, 0.6, 0.2, 0.2]
