@@ -177,11 +177,14 @@ def atomic_directory(final: str | Path) -> Iterator[Path]:
     """A temporary directory that becomes `final` if the block ends well, and disappears if it does not.
 
     Its files are flushed to disk before the rename. An older `final` is replaced; a kill between the two renames
-    that this takes leaves it whole as `.NAME.old`."""
+    that this takes leaves it whole as `.NAME.old`. Raises UserError if `final` cannot be created."""
     final = Path(final)
     temporary, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed writer
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{final}: cannot be created ({error.strerror}); choose a directory to write to") from error
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):

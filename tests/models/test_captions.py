@@ -50,6 +50,11 @@ def test_canonical_form_is_the_published_one(pair):
     assert canonical_caption(pair["raw"]) == pair["clean"]
 
 
+@pytest.mark.parametrize("raw", ["rock &amp;amp; roll", "<b> rock &amp; roll", "rock &amp; <i>roll"])
+def test_html_entities_leave_no_words_behind(raw):
+    assert "amp" not in canonical_caption(raw)
+
+
 def test_canonical_form_is_reached_in_one_step():
     captions = random_captions(200, seed=0)
     once = [canonical_caption(caption) for caption in captions]

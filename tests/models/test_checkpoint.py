@@ -83,6 +83,11 @@ def test_a_directory_with_other_files_is_never_overwritten(model, tmp_path):
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
+def test_a_place_that_cannot_be_written_to_is_an_error(model, saved):
+    with pytest.raises(UserError, match="below: cannot be created"):
+        model.save_pretrained(saved / "config.yaml" / "below")
+
+
 def test_an_error_while_writing_keeps_the_old_checkpoint(model, saved):
     before = {name: (saved / name).read_bytes() for name in CHECKPOINT_FILES}
     with pytest.raises(AttributeError):

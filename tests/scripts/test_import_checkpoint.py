@@ -50,6 +50,14 @@ def test_every_container_gives_the_same_model(tmp_path, tensors):
         assert same_weights(EDJE.from_pretrained(tmp_path / f"out{number}"), reference)
 
 
+def test_bfloat16_weights_come_out_as_float32():
+    case = CASE.parent / "tiny_bf16"
+    stored = load_file(case / "checkpoint.safetensors")
+    published = read_published(case / "checkpoint.safetensors", case / "config.json")
+    assert stored["text_projection.weight"].dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in published.state.values()} == {torch.float32}
+
+
 def test_one_name_of_tied_weights_is_enough(tmp_path, tensors):
     reference = imported(tmp_path, tensors)
     del tensors[WORDS], tensors["language_model.cls.predictions.decoder.weight"]
