@@ -120,13 +120,14 @@ class _StoredTokens:
 def _check_backbone(
     model: EDJE, backbone: Backbone | None, store: TokenStore | None, caption_store: TokenStore | None
 ) -> None:
-    expected = model.config.backbone_fingerprint
-    if backbone is None:
-        if store is None or caption_store is None:
-            raise UserError("an evaluation without backbone needs a token store and a caption store; give both")
-    elif backbone.fingerprint != expected:
+    if backbone is None and (store is None or caption_store is None):
+        raise UserError("an evaluation without backbone needs a token store and a caption store; give both")
+    found = store.manifest.backbone if backbone is None else backbone.fingerprint
+    # An imported checkpoint records no fingerprint; backbone and stores must then at least agree.
+    expected = model.config.backbone_fingerprint or found
+    if backbone is not None and found != expected:
         raise UserError(
-            f"the backbone is {backbone.fingerprint}, the checkpoint was trained with {expected}; "
+            f"the backbone is {found}, the checkpoint was trained with {expected}; "
             "evaluate with the backbone that the checkpoint names"
         )
     if store is not None:
