@@ -104,7 +104,10 @@ class Run:
             raise UserError(f"{latest}: its model is not the one configured; choose another output or the same model")
         self.model.load_state_dict(restored.state_dict())
         self.model.config = replace(self.model.config, fusion_lambda=restored.config.fusion_lambda)
+        configured = [{key: group[key] for key in ("peak", "weight_decay")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(values)  # a resumed run follows its configuration, which may have been changed
         self.step = state["step"]
         self.unreadable = dict.fromkeys(state["unreadable"])
 

@@ -45,7 +45,7 @@ class Features:
 def open_features(config: RunConfig, ranks: Ranks) -> Features:
     """Open the run's stores, or load its backbone where there are none (with stores no backbone is loaded at all)."""
     if not config.data.store:
-        backbone = Backbone.load(config.backbone, ranks.device)
+        backbone = Backbone.load(config.backbone, ranks.device, config.training.precision)
         return Features(backbone.dims, backbone.fingerprint, backbone=backbone)
     store, captions = TokenStore.open(config.data.store), TokenStore.open(config.data.caption_store)
     if store.manifest.adapter:
