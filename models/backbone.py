@@ -1,8 +1,9 @@
 """The frozen CLIP-style model: one pass of the image tower gives patch tokens and embedding; a text pass an embedding.
 
-Any open_clip model serves: ViTs (openai, dfn2b, metaclip: QuickGELU architectures by name), timm towers (SigLIP 2), and
-convolutional timm towers, whose stage maps become tokens (BackboneConfig.token_stages, token_grid). Weights come from an
-open_clip tag, a file, a directory (open_clip_config.json, open_clip_model.safetensors, tokenizer files), or are random.
+Any open_clip model serves: ViTs (openai, dfn2b, metaclip: QuickGELU architectures by name), timm towers (SigLIP 2),
+and convolutional timm towers, whose stage maps become tokens (BackboneConfig.token_stages, token_grid). Weights come
+from an open_clip tag, a file, a directory (open_clip_config.json, open_clip_model.safetensors, tokenizer files), or are
+random.
 
 Shapes: B images, S image side, P patch tokens, Dv patch width, De embedding width, C captions.
 """
@@ -67,8 +68,8 @@ class Backbone(nn.Module):
     def load(cls, config: BackboneConfig, device: str | torch.device = "cpu", precision: str = "auto") -> Backbone:
         """Build the model that `config` names, once, on `device`.
 
-        precision: `float32`, `bfloat16`, or `auto` (bfloat16 where it is measured to be faster). Raises UserError for an
-        unknown name, weights that are missing, damaged or made for another activation, stages the tower lacks.
+        precision: `float32`, `bfloat16`, or `auto` (bfloat16 where it is measured to be faster). Raises UserError for
+        an unknown name, weights that are missing, damaged or made for another activation, stages the tower lacks.
         """
         if precision not in ("auto", "float32", "bfloat16"):
             raise UserError(f"precision is {precision!r}; expected auto, float32 or bfloat16")
@@ -140,6 +141,7 @@ class Backbone(nn.Module):
     def _stage_maps(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
         """Feature maps [B, channels, height, width] of the chosen stages, and the embedding [B, De] before its norm."""
         visual = self.clip.visual
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # convolutions run 1.8 times as fast on a CPU
         last, maps = visual.trunk.forward_intermediates(pixels, indices=list(self.config.token_stages))
         return maps, visual.head(visual.trunk.forward_head(last))
 
@@ -233,8 +235,8 @@ def _load_tag(name: str, tag: str) -> nn.Module:
         return _create(name, pretrained=tag)
     except LOAD_ERRORS as error:
         raise UserError(
-            f"backbone {name}: weights {tag!r} cannot be loaded ({_first_line(error)}); run once where the model hub can "
-            "be reached, or download the file elsewhere and set backbone.pretrained to its path"
+            f"backbone {name}: weights {tag!r} cannot be loaded ({_first_line(error)}); run once where the model hub "
+            "can be reached, or download the file elsewhere and set backbone.pretrained to its path"
         ) from None
 
 
@@ -262,7 +264,7 @@ def _create(name: str, **options: Any) -> nn.Module:
 
 
 def _fingerprint(config: BackboneConfig, clip: nn.Module, weights: str) -> str:
-    """Short text that differs wherever tokens or embeddings would: architecture, weights, preprocessing, token options."""
+    """Short text that differs wherever tokens or embeddings would: model, weights, preprocessing, token options."""
     look = deepcopy(clip.visual.preprocess_cfg)
     look["size"] = list(open_clip.utils.to_2tuple(look["size"]))
     tokens = f" stages {list(config.token_stages)} grid {config.token_grid}" if config.token_stages else ""

@@ -27,6 +27,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data.caption_datasets import load_annotations
 from models.backbone import CONFIG_FILE, WEIGHTS_FILE, load_directory
@@ -169,14 +170,13 @@ def match_in_order(source: dict[str, Tensor], target: dict[str, Tensor], where: 
 @torch.no_grad()
 def replace_by_features(samples: Samples, clip: nn.Module, config: EmbedderConfig) -> None:
     """Pixels -> pooled features of the image tower, token ids -> pooled features of the text tower, once."""
-    from tqdm import tqdm
-
     clip.eval()
     device = clip.logit_scale.device
     trunk, text = clip.visual.trunk, clip.text
     images, texts = [], []
     for pixels in tqdm(samples.images.split(FEATURE_BATCH), desc="image features", unit="batch"):
-        images.append(trunk(normalise(pixels.to(device), config.preprocess)).cpu())
+        pixels = normalise(pixels.to(device), config.preprocess).contiguous(memory_format=torch.channels_last)
+        images.append(trunk(pixels).cpu())
     for ids in tqdm(samples.texts.split(4 * FEATURE_BATCH), desc="text features", unit="batch"):
         mask = (ids != text.config.pad_token_id).long().to(device)
         output = text.transformer(input_ids=ids.to(device), attention_mask=mask)

@@ -134,12 +134,14 @@ class EmbedderTraining:
             losses.append(self._step())
             progress.seconds = time.perf_counter() - begin
             bar.update()
-            if progress.step % config.evaluate_every == 0 or progress.is_done(config):
+            is_due = progress.step % config.evaluate_every == 0 or progress.is_done(config)
+            if is_due:
                 self._evaluate(sum(losses) / len(losses), bar)
                 losses.clear()
-                self._save(checkpoint)
             if progress.cooldown_start is None and self._should_cool_down(minutes):
                 progress.cooldown_start = progress.step
+            if is_due:  # after the cooldown was decided, which the checkpoint must know
+                self._save(checkpoint)
         bar.close()
         self.clip.load_state_dict(self.best, strict=False)
         return progress
@@ -170,7 +172,8 @@ class EmbedderTraining:
 
     def _step(self) -> float:
         config, progress = self.config, self.progress
-        self.clip.train(not config.towers)
+        self.clip.train()  # of frozen towers only the heads run here: no batch statistics move
+        torch.manual_seed(self.seed * 1_000_003 + progress.step)  # dropout: a function of (seed, step), as the batch
         image_index, caption_index = draw_batch(self.train, config.batch_size, self.seed, progress.step)
         images = self._prepare(self.train.images[image_index])
         if images.shape[-1] != config.image_side and not config.towers:

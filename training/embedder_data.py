@@ -48,7 +48,7 @@ def load_samples(
 ) -> Samples:
     """Decode every image of `dataset` to [3, side, side] and tokenise every caption.
 
-    `preprocess` is open_clip's preprocess_cfg; mean and std are left to `normalise`. Raises ImageError, naming the file.
+    `preprocess` is open_clip's preprocess_cfg; mean and std are left to `normalise`. Raises ImageError with the file.
     """
     look = PreprocessCfg(**preprocess | {"size": side, "mean": (0.0,) * 3, "std": (1.0,) * 3})
     transform = image_transform_v2(look, is_train=False)
