@@ -47,8 +47,8 @@ def _images_shown(results: Results, examples: dict[tuple[str, bool], list[Exampl
 def _image_example(example: Example, dataset: CaptionDataset, column: str) -> str:
     def strip(images: list[int]) -> str:
         shots = (
-            f'<div class="shot{" right" if image in example.right else ""}">{_thumbnail(dataset, image)}'
-            f'<span class="rank">{place}</span></div>'
+            f'<div><div class="shot {"right" if image in example.right else ""}">{_thumbnail(dataset, image)}</div>'
+            f'<div class="rank">{place}</div></div>'
             for place, image in enumerate(images, 1)
         )
         return f'<div class="strip">{"".join(shots)}</div>'

@@ -83,11 +83,17 @@ def _grid(x_ticks: list[float], y_ticks: list[float], x_scale: _Scale, y_scale: 
         y = y_scale(value)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="axis end">{_number(value)}</text>')
-    for value in x_ticks:
+    for value in _with_start(x_ticks, x_scale.low):
         if x_scale.low <= value <= x_scale.high:
             x = x_scale(value)
             parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" class="axis mid">{_number(value)}</text>')
     return parts
+
+
+def _with_start(values: list[float], low: float) -> list[float]:
+    """The ticks, and where the axis starts, if the next tick leaves room for it: 1 before 5, 10, 15."""
+    later = [value for value in values if value > low]
+    return [low, *later] if later and later[0] - low > 0.45 * (values[1] - values[0]) else later
 
 
 def _path(line: Line, x_scale: _Scale, y_scale: _Scale) -> str:

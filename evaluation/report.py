@@ -21,7 +21,7 @@ from data.caption_datasets import CaptionDataset
 from evaluation.before_after import before_after_gallery
 from evaluation.charts import Line, line_chart
 from evaluation.metrics import RECALL_DEPTHS, recall_at_k
-from evaluation.output import COLUMN_TITLES, DIRECTION_TITLES, read_rankings, write_atomically
+from evaluation.output import COLUMN_TITLES, DIRECTION_TITLES, gain_text, read_rankings, write_atomically
 from evaluation.results import DirectionResults, Results
 from evaluation.showcase import draw_teaser, pick_examples
 from models.errors import UserError, run_entry_point
@@ -53,7 +53,7 @@ def write_report(
     sections = [
         _header(summary),
         _headline(summary, column),
-        _table(summary),
+        _table(summary, column),
         _recall_charts(results),
         _training_charts(metrics),
         before_after_gallery(results, dataset, column),
@@ -79,7 +79,7 @@ def best_column(summary: dict[str, Any]) -> str:
 
 def _header(summary: dict[str, Any]) -> str:
     return (
-        f"<h1>EDJE on {escape(Path(summary['dataset']).stem)}</h1>"
+        f"<h1>EDJE on {escape(Path(summary['dataset']).stem.removeprefix('dataset_'))}</h1>"
         f'<p class="lead">Split {escape(summary["split"])}: {summary["images"]:,} images, {summary["captions"]:,} '
         f"captions. The embedding ranks everything; EDJE reorders the first {summary['k']} candidates of each query."
         "</p>"
@@ -108,32 +108,33 @@ def _card(title: str, part: dict[str, Any], column: str) -> str:
     )
 
 
-def _table(summary: dict[str, Any]) -> str:
-    """All columns, both directions, the whole split and its subsets."""
+def _table(summary: dict[str, Any], best: str) -> str:
+    """All columns, both directions, the whole split and its subsets; the gain is that of column `best`."""
     columns = [column for column in COLUMN_TITLES if column in summary["t2i"]]
     top = "".join(f'<th colspan="3" class="group">{COLUMN_TITLES[column]}</th>' for column in columns)
     depths = '<th class="group">R@1</th><th>R@5</th><th>R@10</th>' * len(columns)
-    rows = [_table_row(title.capitalize(), summary[d], columns) for d, title in DIRECTION_TITLES.items()]
-    for name, part in summary.get("subsets", {}).items():
-        rows += [_table_row(f"{name}: {title}", part[d], columns) for d, title in DIRECTION_TITLES.items()]
+    parts = {"Whole split": summary} | summary.get("subsets", {})
+    rows = []
+    for name, part in parts.items():
+        rows.append(f'<tr class="part"><th colspan="{3 * len(columns) + 3}">{escape(name)}</th></tr>')
+        rows += [_table_row(title, part[d], columns, best) for d, title in DIRECTION_TITLES.items()]
     return (
-        f'<h2>Recall</h2><div class="scroll"><table><thead><tr><th></th>{top}<th class="group">pool</th></tr>'
-        f'<tr><th></th>{depths}<th class="group">ceiling</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<h2>Recall</h2><div class="scroll"><table><thead><tr><th></th>{top}<th class="group">gain, R@1</th>'
+        f'<th class="group">pool</th></tr><tr><th></th>{depths}<th class="group">[95%]</th>'
+        f'<th class="group">ceiling</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
-def _table_row(title: str, part: dict[str, Any], columns: list[str]) -> str:
-    cells = []
-    for k in RECALL_DEPTHS:
-        best = max(part[column][f"R@{k}"] for column in columns)
-        cells.append({column: (part[column][f"R@{k}"], part[column][f"R@{k}"] == best) for column in columns})
-    row = ""
+def _table_row(title: str, part: dict[str, Any], columns: list[str], best: str) -> str:
+    cells = [f"<td>{title}</td>"]
     for column in columns:
-        for place, cell in enumerate(cells):
-            value, is_best = cell[column]
-            classes = " ".join(name for name, on in (("group", place == 0), ("best", is_best)) if on)
-            row += f'<td class="{classes}">{value:.1f}</td>'
-    return f'<tr><td>{escape(title)}</td>{row}<td class="group">{part["pool_ceiling"]:.1f}</td></tr>'
+        for k in RECALL_DEPTHS:
+            value = part[column][f"R@{k}"]
+            highest = value == max(part[other][f"R@{k}"] for other in columns)
+            classes = " ".join(name for name, on in (("group", k == 1), ("best", highest)) if on)
+            cells.append(f'<td class="{classes}">{value:.1f}</td>')
+    cells.append(f'<td class="group">{gain_text(part, best)}</td><td class="group">{part["pool_ceiling"]:.1f}</td>')
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _recall_charts(results: Results) -> str:

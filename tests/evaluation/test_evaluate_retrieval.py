@@ -1,0 +1,192 @@
+"""The evaluation command as a user runs it: its files, its table, its errors, one process and several."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from data.caption_datasets import load_annotations
+from evaluation.evaluate_retrieval import main
+from evaluation.output import read_rankings
+from models.backbone import Backbone
+from models.captions import CaptionTokenizer, build_vocabulary
+from models.checkpoint import read_config, write_config, write_latest
+from models.config import AdapterConfig, EDJEConfig, EncoderConfig
+from models.edje import EDJE
+from models.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "evaluation" / "evaluate_retrieval.py"
+GAIN_KEYS = {"helped", "hurt", "gain_R@1_ci95"}
+DIRECTION_KEYS = {"embedding", "reranked", "pool_ceiling"} | GAIN_KEYS
+FUSED_KEYS = {"fused"} | {f"fused_{key}" for key in GAIN_KEYS}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, backbone: Backbone, annotations: Path, scenes: Path) -> Path:
+    """A run directory as training leaves it: config.yaml, metrics.jsonl, one checkpoint and LATEST."""
+    run = tmp_path_factory.mktemp("run")
+    captions = load_annotations(annotations, scenes, "train").captions
+    build_vocabulary(captions, run / "vocab.txt")
+    tokenizer = CaptionTokenizer.from_pretrained(run / "vocab.txt")
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
+    config = EDJEConfig(
+        backbone=backbone.config,
+        dims=backbone.dims,
+        backbone_fingerprint=backbone.fingerprint,
+        adapter=AdapterConfig(num_tokens=4, mlp_width=16, num_heads=2),
+        encoder=EncoderConfig(vocab_size=tokenizer.vocab_size, **sizes),
+    )
+    torch.manual_seed(0)
+    model = EDJE(config, tokenizer)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(run / "checkpoints" / "step-00000007")
+    write_latest(run / "checkpoints", "step-00000007")
+    data = {"root": str(scenes), "annotations": annotations.name}
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    (run / "metrics.jsonl").write_text('{"step": 1, "itm": 2.0}\n{"step": 2, "itm": 1.5}\n{"step": 3, "it')
+    return run
+
+
+def evaluate(*arguments: str | Path) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def read(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def test_a_runs_own_data_is_evaluated_and_every_file_written(run, tmp_path, capsys, annotations):
+    evaluate("--checkpoint", run, "--out", tmp_path)
+    summary = read(tmp_path)
+    assert (summary["dataset"], summary["split"], summary["k"]) == (str(annotations), "test", 10)
+    assert (summary["images"], summary["captions"]) == (12, 60)
+    assert summary["checkpoint"] == str(run / "checkpoints" / "step-00000007")
+    assert set(summary["seconds"]) == {"backbone", "compress", "rerank"} and summary["pairs_per_second"] > 0
+    for direction in ("t2i", "i2t"):
+        part = summary[direction]
+        assert set(part) == DIRECTION_KEYS
+        assert set(part["embedding"]) == set(part["reranked"]) == {"R@1", "R@5", "R@10"}
+        assert 0 <= part["embedding"]["R@1"] <= part["pool_ceiling"] <= 100
+        assert len(part["gain_R@1_ci95"]) == 2
+    printed = capsys.readouterr().out
+    assert "embedding alone" in printed and "text to image" in printed and str(tmp_path / "report.html") in printed
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.json",
+        "results.md",
+        "report.html",
+        "rankings.npz",
+    }
+    assert "Training" in (tmp_path / "report.html").read_text()
+
+
+def test_without_out_the_results_lie_in_the_run(run):
+    evaluate("--checkpoint", run / "checkpoints" / "step-00000007", "--split", "val", "--k", "3")
+    assert read(run / "evaluation-dataset_scenes-val")["k"] == 3
+
+
+def test_subsets_of_the_file_are_reported_one_by_one(run, tmp_path, scenes, annotations):
+    evaluate("--checkpoint", run, "--out", tmp_path, "--dataset", annotations, "--data-root", scenes)
+    expected = set(load_annotations(annotations, scenes, "test").subsets)
+    subsets = read(tmp_path)["subsets"]
+    assert set(subsets) == expected
+    assert all(set(part[direction]) == DIRECTION_KEYS for part in subsets.values() for direction in ("t2i", "i2t"))
+
+
+def test_lambda_of_a_validation_split_is_saved_in_the_checkpoint_and_used_from_then_on(run, tmp_path):
+    checkpoint = run / "checkpoints" / "step-00000007"
+    before = read_config(checkpoint)
+    evaluate("--checkpoint", run, "--out", tmp_path / "a", "--lambda-split", "val")
+    chosen = read_config(checkpoint).fusion_lambda
+    evaluate("--checkpoint", run, "--out", tmp_path / "b")
+    write_config(checkpoint, before)
+    assert before.fusion_lambda is None
+    for out in ("a", "b"):
+        part = read(tmp_path / out)["t2i"]
+        assert set(part) == DIRECTION_KEYS | FUSED_KEYS and part["fused"]["lambda"] == chosen
+
+
+def test_stores_named_by_the_run_stand_for_images_and_backbone(run, tmp_path, scenes, annotations, stores):
+    data = {
+        "root": str(scenes),
+        "annotations": annotations.name,
+        "store": str(stores[0]),
+        "caption_store": str(stores[1]),
+    }
+    from_stores = tmp_path / "run"
+    from_stores.mkdir()
+    (from_stores / "checkpoints").symlink_to(run / "checkpoints")
+    (from_stores / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    evaluate("--checkpoint", from_stores, "--out", tmp_path / "a", "--precision", "float32")
+    evaluate("--checkpoint", run, "--out", tmp_path / "b", "--precision", "float32")
+    a, b = read(tmp_path / "a"), read(tmp_path / "b")
+    assert a["t2i"]["embedding"] == b["t2i"]["embedding"] and a["seconds"]["backbone"] == 0.0
+
+
+def launch(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_rankings_are_bit_identical_for_any_number_of_processes(run, tmp_path, processes):
+    """48 images in 2 blocks, 2,400 + 480 pairs in 19 + 4 micro-batches: neither divides among 2 or 3 ranks."""
+    evaluate("--checkpoint", run, "--split", "train", "--out", tmp_path / "one")
+    ended = launch(processes, "--checkpoint", run, "--split", "train", "--out", tmp_path / "many")
+    assert ended.returncode == 0, ended.stderr
+    one, many = (read_rankings(tmp_path / name / "rankings.npz")[0] for name in ("one", "many"))
+    for ours, theirs in ((many.t2i, one.t2i), (many.i2t, one.i2t)):
+        for name in ("candidates", "similarities", "logits"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_bad_input_ends_in_one_line_and_exit_code_2(run, tmp_path):
+    ended = launch(1, "--checkpoint", run, "--k", 13, "--out", tmp_path / "out")
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert ended.stderr.strip().splitlines()[-1].startswith("error: k is 13, but the gallery has 12 images")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_benchmarks_name_is_refused_for_a_split_of_another_size(run, scenes, annotations, tmp_path):
+    (tmp_path / "dataset_flickr30k.json").write_bytes(annotations.read_bytes())
+    (tmp_path / "images").symlink_to(scenes / "images")
+    with pytest.raises(UserError, match=r"12 images and 60 captions, flickr30k's has 1,000 and 5,000"):
+        evaluate("--checkpoint", run, "--dataset", "flickr30k", "--data-root", tmp_path)
+
+
+def test_a_missing_image_is_named_before_anything_is_computed(run, annotations, tmp_path):
+    with pytest.raises(UserError, match=r"no such image; 12 of the 12 images"):
+        evaluate("--checkpoint", run, "--dataset", annotations, "--data-root", tmp_path)
+
+
+def test_a_data_set_needs_its_root(run, annotations):
+    with pytest.raises(UserError, match="needs --data-root"):
+        evaluate("--checkpoint", run, "--dataset", annotations)
+
+
+def test_a_checkpoint_without_a_run_needs_a_data_set(run, tmp_path):
+    (tmp_path / "alone").symlink_to(run / "checkpoints" / "step-00000007")
+    with pytest.raises(UserError, match="pass --dataset"):
+        evaluate("--checkpoint", tmp_path / "alone")
+
+
+def test_another_backbone_is_refused(run, tmp_path, annotations, scenes):
+    config = replace(read_config(run / "checkpoints" / "step-00000007"), backbone_fingerprint="vit/another")
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (other / name).symlink_to(run / "checkpoints" / "step-00000007" / name)
+    write_config(other, config)
+    with pytest.raises(UserError, match="trained with vit/another"):
+        evaluate("--checkpoint", other, "--dataset", annotations, "--data-root", scenes)

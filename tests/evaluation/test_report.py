@@ -1,0 +1,161 @@
+"""The report: what it shows is what the scores say, and the page needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.caption_datasets import CaptionDataset, load_annotations
+from evaluation.charts import Line, line_chart, ticks
+from evaluation.output import read_rankings, results_json, write_results
+from evaluation.report import main, write_report
+from evaluation.results import DirectionResults, Results
+from evaluation.showcase import pick_examples
+from models.errors import UserError
+
+VOID = {"img", "meta", "br", "circle", "line", "polyline"}
+
+
+def random_direction(seed: int, query_image: np.ndarray, item_image: np.ndarray) -> DirectionResults:
+    rng = np.random.default_rng(seed)
+    similarities = rng.normal(size=(len(query_image), len(item_image))) + 1.5 * (query_image[:, None] == item_image)
+    similarities = similarities.astype(np.float32)
+    candidates = np.argsort(-similarities, axis=1)[:, :10]
+    logits = rng.normal(size=(len(query_image), 8)).astype(np.float32)
+    similarities = np.take_along_axis(similarities, candidates, axis=1)
+    return DirectionResults(query_image, item_image, candidates, similarities, logits, fusion_lambda=2.0)
+
+
+@pytest.fixture
+def dataset(annotations: Path, scenes: Path) -> CaptionDataset:
+    return load_annotations(annotations, scenes, "train")
+
+
+@pytest.fixture
+def results(dataset: CaptionDataset) -> Results:
+    images = np.arange(len(dataset))
+    return Results(
+        t2i=random_direction(0, dataset.caption_image, images),
+        i2t=random_direction(1, images, dataset.caption_image),
+        image_subsets=dataset.subsets,
+        seconds={"backbone": 1.0, "compress": 0.5, "rerank": 2.0},
+        precision="float32",
+    )
+
+
+@pytest.fixture
+def out(tmp_path: Path, results: Results, dataset: CaptionDataset) -> Path:
+    """A directory as evaluate_retrieval.py leaves it."""
+    summary = results_json(results, "runs/<b>/checkpoint", "data/dataset_scenes.json", "test")
+    write_results(tmp_path, results, dataset, summary)
+    metrics = [{"step": step, "itm": 2.0 / step, "val/t2i/fused/R@1": 10.0 * step} for step in range(1, 5)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)) + '\n{"step": 5, "it')
+    write_report(tmp_path, summary, results, dataset, tmp_path / "metrics.jsonl")
+    return tmp_path
+
+
+class BalancedTags(HTMLParser):
+    """Collects sources and checks that every tag is closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources = [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in VOID
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_needs_no_network(out):
+    page = (out / "report.html").read_text()
+    parser = BalancedTags()
+    parser.feed(page)
+    assert not parser.open
+    assert parser.sources and all(source.startswith("data:image/") for source in parser.sources)
+    assert "<script" not in page and not re.search(r"url\(|@import|https?://", page)
+
+
+def test_the_page_shows_numbers_of_results_json_and_escapes_names(out):
+    page, summary = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
+    for direction in ("t2i", "i2t"):
+        for column in ("embedding", "reranked", "fused"):
+            assert f">{summary[direction][column]['R@5']:.1f}</td>" in page
+    assert "runs/&lt;b&gt;/checkpoint" in page
+    assert "Validation, text to image" in page
+
+
+@pytest.mark.parametrize("helped", [True, False])
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+def test_examples_are_those_whose_right_answer_moved_furthest(results, direction, helped):
+    part = getattr(results, direction)
+    moves = []
+    embedding, reranked = part.rankings("embedding"), part.rankings("reranked")
+    for query, image in enumerate(part.query_image):
+        first, last = (reranked, embedding) if helped else (embedding, reranked)
+        ranks = [
+            next((r for r, item in enumerate(x[query]) if part.item_image[item] == image), 99) for x in (first, last)
+        ]
+        if ranks[0] == 0 and 0 < ranks[1] < part.k:
+            moves.append(ranks[1])
+    chosen = pick_examples(part, "reranked", helped, count=5)
+    far = [example.rank_before if helped else example.rank_after for example in chosen]
+    assert far == sorted(far, reverse=True) and far[0] == max(moves)
+    assert len({part.query_image[example.query] for example in chosen}) == len(chosen)
+    for example in chosen:
+        assert (example.rank_after if helped else example.rank_before) == 0
+        first = example.after[0] if helped else example.before[0]
+        assert first in example.right
+
+
+def test_rankings_read_back_draw_the_same_report(out):
+    before = (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    main(["--results", str(out)])
+    assert (out / "report.html").read_bytes() == before
+
+
+def test_rankings_read_back_are_those_that_were_written(out, results, dataset):
+    again, same_dataset = read_rankings(out / "rankings.npz")
+    assert again.summary() == results.summary()
+    assert same_dataset.captions == dataset.captions and same_dataset.path(3) == dataset.path(3)
+
+
+def test_damaged_rankings_are_named(tmp_path):
+    (tmp_path / "rankings.npz").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(UserError, match=r"rankings\.npz"):
+        main(["--results", str(tmp_path)])
+
+
+def test_the_teaser_is_a_picture(out):
+    main(["--results", str(out), "--teaser", str(out / "teaser.png")])
+    with Image.open(out / "teaser.png") as teaser:
+        assert teaser.size == (1200, 640)
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (38.2, 64.8), (-3.0, 17.0), (1e-4, 9e-4), (5.0, 5.0), (0, 2500)])
+def test_ticks_are_few_even_and_span_the_values(low, high):
+    values = ticks(low, high)
+    steps = np.diff(values)
+    assert values[0] <= low + 1e-9 and values[-1] >= high - 1e-9 and 2 <= len(values) <= 9
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+    assert round(steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9), 6) in (1, 2, 5)
+
+
+def test_a_chart_leaves_out_what_is_not_finite_and_an_empty_one_is_nothing():
+    assert line_chart([Line("a", [1.0], [math.nan], "accent")], "t", "x", "y") == ""
+    chart = line_chart([Line("a", [1, 2, 3], [1.0, math.nan, 2.0], "accent")], "t", "x", "y")
+    assert "nan" not in chart and chart.count("<circle") == 2

@@ -1,0 +1,120 @@
+"""Rankings that follow from scores: ties, pools, fusion, subsets, the choice of lambda."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evaluation.metrics import recall_at_k
+from evaluation.results import LAMBDA_GRID, DirectionResults, Results, choose_lambda
+
+K, DEPTH, NUM_IMAGES = 6, 10, 12
+
+
+def direction(seed: int, query_image: np.ndarray, item_image: np.ndarray, ties: bool = False) -> DirectionResults:
+    """Random scores; with `ties`, logits take three values only."""
+    rng = np.random.default_rng(seed)
+    similarities = rng.normal(size=(len(query_image), len(item_image))).astype(np.float32)
+    candidates = np.argsort(-similarities, axis=1)[:, :DEPTH]
+    logits = rng.normal(size=(len(query_image), K)).astype(np.float32)
+    return DirectionResults(
+        query_image=query_image,
+        item_image=item_image,
+        candidates=candidates,
+        similarities=np.take_along_axis(similarities, candidates, axis=1),
+        logits=np.round(logits) if ties else logits,
+    )
+
+
+def random_results(seed: int, ties: bool = False) -> Results:
+    images, caption_image = np.arange(NUM_IMAGES), np.repeat(np.arange(NUM_IMAGES), 5)
+    return Results(
+        t2i=direction(seed, caption_image, images, ties),
+        i2t=direction(seed + 1, images, caption_image, ties),
+        image_subsets=["red" if image % 3 else None for image in images],
+        seconds={"backbone": 1.0, "compress": 1.0, "rerank": 2.0},
+        precision="float32",
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("column", ["reranked", "fused"])
+def test_reranking_a_pool_of_k_leaves_recall_at_k_and_below_the_pool_everything(seed, column):
+    results = random_results(seed).with_lambda(3.0)
+    for part in (results.t2i, results.i2t):
+        for pool in (1, 3, K):
+            reranked, embedding = part.rankings(column, pool), part.rankings("embedding")
+            np.testing.assert_array_equal(reranked[:, pool:], embedding[:, pool:])
+            np.testing.assert_array_equal(np.sort(reranked, axis=1), np.sort(embedding, axis=1))
+            for k in range(pool, DEPTH + 1):
+                assert recall_at_k(part.hits(column, pool), k) == recall_at_k(part.hits("embedding"), k)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_logits_keep_the_first_stages_order(seed):
+    part = random_results(seed, ties=True).t2i
+    for query, ranking in enumerate(part.rankings("reranked")):
+        order = sorted(range(K), key=lambda place, row=part.logits[query]: (-row[place], place))
+        np.testing.assert_array_equal(ranking[:K], part.candidates[query, order])
+
+
+def test_fused_goes_from_the_logits_order_to_the_embeddings():
+    results = random_results(0)
+    logits_alone, embedding_alone = results.with_lambda(0.0).t2i, results.with_lambda(1e6).t2i
+    np.testing.assert_array_equal(logits_alone.rankings("fused"), results.t2i.rankings("reranked"))
+    np.testing.assert_array_equal(embedding_alone.rankings("fused"), results.t2i.rankings("embedding"))
+
+
+def test_without_lambda_there_is_no_fused_column():
+    summary = random_results(0).summary()
+    assert "fused" not in summary["t2i"] and not any(key.startswith("fused") for key in summary["i2t"])
+    assert random_results(0).with_lambda(2.0).summary()["t2i"]["fused"]["lambda"] == 2.0
+
+
+def test_a_subset_has_its_own_queries_and_the_whole_gallery():
+    results = random_results(0)
+    part = results.subset("red")
+    assert {results.image_subsets[image] for image in part.t2i.query_image} == {"red"}
+    assert len(part.t2i.query_image) == 8 * 5 and len(part.i2t.query_image) == 8
+    assert len(part.t2i.item_image) == NUM_IMAGES
+    np.testing.assert_array_equal(part.i2t.logits, results.i2t.logits[part.i2t.query_image])
+    assert list(results.summary()["subsets"]) == ["red"]
+
+
+def test_pool_ceiling_is_what_a_perfect_reranker_reaches():
+    part = random_results(3).t2i
+    perfect = replace(part, logits=part.hits("embedding")[:, :K].astype(np.float32))
+    assert perfect.summary()["reranked"]["R@1"] == part.summary()["pool_ceiling"]
+
+
+def with_scores(results: Results, logits: str, similarities: str) -> Results:
+    """Scores that are `right` (1 for right answers, else 0) or `wrong` (the opposite), each below 1 in size."""
+
+    def changed(part: DirectionResults) -> DirectionResults:
+        right = part.hits("embedding").astype(np.float32)
+        score = {"right": right, "wrong": -right}
+        return replace(part, logits=score[logits][:, :K], similarities=score[similarities])
+
+    return replace(results, t2i=changed(results.t2i), i2t=changed(results.i2t))
+
+
+def test_lambda_is_zero_where_the_similarity_misleads_and_above_one_where_the_logit_does():
+    assert choose_lambda(with_scores(random_results(0), logits="right", similarities="wrong")) == 0.0
+    assert choose_lambda(with_scores(random_results(0), logits="wrong", similarities="right")) == 2.0
+
+
+def test_of_equally_good_lambdas_the_smallest_is_chosen():
+    everywhere_right = with_scores(random_results(0), logits="right", similarities="right")
+    assert choose_lambda(everywhere_right, grid=(5.0, 0.5, 1.0)) == 0.5
+
+
+def test_chosen_lambda_is_the_best_of_the_grid():
+    results = random_results(7)
+
+    def mean_recall(value: float) -> float:
+        fused = results.with_lambda(value)
+        return sum(recall_at_k(part.hits("fused"), 1) for part in (fused.t2i, fused.i2t)) / 2
+
+    assert mean_recall(choose_lambda(results)) == max(mean_recall(value) for value in LAMBDA_GRID)

@@ -1,0 +1,203 @@
+"""First stage and reranking against the plainest code: one pair at a time, one query at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.caption_datasets import CaptionDataset, load_annotations
+from evaluation.gallery import build_gallery
+from evaluation.retrieval import _collect, evaluate, first_stage, rerank_pools
+from models.backbone import Backbone
+from models.captions import CaptionTokenizer, build_vocabulary
+from models.checkpoint import adapter_fingerprint
+from models.config import AdapterConfig, EDJEConfig, EncoderConfig
+from models.edje import EDJE
+from models.errors import UserError
+from models.ranks import Ranks
+from models.token_store import TokenStore, TokenStoreWriter
+
+ALONE = Ranks()
+
+
+@pytest.fixture(scope="module")
+def dataset(annotations: Path, scenes: Path) -> CaptionDataset:
+    return load_annotations(annotations, scenes, "train")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(dataset: CaptionDataset, tmp_path_factory) -> CaptionTokenizer:
+    vocabulary = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
+    build_vocabulary(dataset.captions, vocabulary)
+    return CaptionTokenizer.from_pretrained(vocabulary)
+
+
+def make_model(backbone: Backbone, tokenizer: CaptionTokenizer, **options) -> EDJE:
+    """Random, with weights large enough that the candidates' logits lie apart."""
+    config = EDJEConfig(
+        backbone=backbone.config,
+        dims=backbone.dims,
+        backbone_fingerprint=backbone.fingerprint,
+        adapter=AdapterConfig(num_tokens=4, mlp_width=16, num_heads=2),
+        encoder=EncoderConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32
+        ),
+        **options,
+    )
+    torch.manual_seed(0)
+    model = EDJE(config, tokenizer)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model(backbone: Backbone, tokenizer: CaptionTokenizer) -> EDJE:
+    return make_model(backbone, tokenizer)
+
+
+def float32_results(model, backbone, dataset, **options):
+    return evaluate(model, backbone, dataset, ALONE, dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_first_stage_is_brute_force_with_ties_in_order_of_item_number(seed):
+    generator = torch.Generator().manual_seed(seed)
+    items = torch.randint(-1, 2, (40, 3), generator=generator).float()  # many equal, many opposite
+    queries = torch.randn(300, 3, generator=generator)
+    pools = first_stage(queries, items, depth=7)
+    cosines = (queries.double() @ items.double().T).float()
+    for query, row in enumerate(cosines.tolist()):
+        order = sorted(range(40), key=lambda item, row=row: (-row[item], item))
+        assert pools.ids[query].tolist() == order[:7]
+    torch.testing.assert_close(pools.similarities, cosines.gather(1, pools.ids), rtol=0, atol=0)
+
+
+def test_first_stage_of_a_small_gallery_returns_all_of_it():
+    pools = first_stage(torch.eye(3), torch.eye(3), depth=10)
+    assert pools.ids.tolist() == [[0, 1, 2], [1, 0, 2], [2, 0, 1]]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_reranked_logits_are_those_of_one_pair_at_a_time(backbone, tokenizer, dataset, residual):
+    model = make_model(backbone, tokenizer, residual_similarity=residual)
+    torch.nn.init.normal_(model.match_head.out.weight)
+    results = float32_results(model, backbone, dataset, k=4)
+    gallery = build_gallery(model, backbone, dataset, ALONE)
+    for part, queries_are_captions in ((results.t2i, True), (results.i2t, False)):
+        for query in range(0, len(part.query_image), 17):
+            for place, candidate in enumerate(part.candidates[query, :4]):
+                caption, image = (query, candidate) if queries_are_captions else (candidate, query)
+                tokens, cosine = gallery.tokens(torch.tensor([image])), part.similarities[query, place : place + 1]
+                alone = model.score([dataset.captions[caption]], tokens, torch.from_numpy(cosine) if residual else None)
+                assert part.logits[query, place] == pytest.approx(alone.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+def test_logits_do_not_depend_on_the_size_of_the_micro_batch(model, backbone, dataset, direction):
+    with torch.inference_mode():
+        gallery = build_gallery(model, backbone, dataset, ALONE)
+        embeddings = (gallery.text_embeddings, gallery.image_embeddings)
+        pools = first_stage(*(embeddings if direction == "t2i" else embeddings[::-1]), depth=10)
+        by_size = [rerank_pools(model, gallery, pools, direction, 5, ALONE, pairs_per_batch=n) for n in (1024, 100, 7)]
+    for logits in by_size[1:]:
+        torch.testing.assert_close(logits, by_size[0], rtol=0, atol=1e-5)
+
+
+def test_recall_at_k_is_the_embeddings_own(model, backbone, dataset):
+    summary = float32_results(model, backbone, dataset, k=5).summary()
+    for direction in ("t2i", "i2t"):
+        part = summary[direction]
+        for name in ("R@5", "R@10"):
+            assert part["reranked"][name] == part["embedding"][name]
+        assert part["pool_ceiling"] == part["embedding"]["R@5"]
+
+
+def test_a_pair_that_comes_back_twice_stops_the_evaluation():
+    half = (torch.tensor([0, 1]), torch.tensor([0.5, 0.25]))
+    with pytest.raises(AssertionError, match="twice or not at all"):
+        _collect([half, half], total=4, ranks=ALONE)
+
+
+def test_stored_patch_tokens_give_the_results_of_images_without_a_backbone(model, backbone, dataset, stores):
+    from_images = float32_results(model, backbone, dataset)
+    tokens, captions = (TokenStore.open(path) for path in stores)
+    from_stores = float32_results(model, None, dataset, store=tokens, caption_store=captions)
+    for ours, theirs in ((from_stores.t2i, from_images.t2i), (from_stores.i2t, from_images.i2t)):
+        np.testing.assert_array_equal(ours.candidates, theirs.candidates)
+        np.testing.assert_allclose(ours.logits, theirs.logits, atol=2e-2)  # tokens were rounded to float16
+    assert from_stores.seconds["backbone"] == 0.0
+
+
+def write_compressed(path: Path, model: EDJE, backbone: Backbone, dataset: CaptionDataset, adapter: str) -> TokenStore:
+    with torch.inference_mode():
+        gallery = build_gallery(model, backbone, dataset, ALONE)
+        tokens = gallery.tokens(torch.arange(len(dataset)))
+    writer = TokenStoreWriter(
+        path,
+        dataset.image_ids,
+        tokens_per_item=tokens.shape[1],
+        width=tokens.shape[2],
+        embedding_width=gallery.image_embeddings.shape[1],
+        dtype="float16",
+        backbone_fingerprint=backbone.fingerprint,
+        adapter_fingerprint=adapter,
+        items_per_shard=len(dataset),
+    )
+    writer.write_shard(0, tokens, gallery.image_embeddings)
+    writer.finish()
+    return TokenStore.open(path)
+
+
+def test_stored_compressed_tokens_give_the_results_of_images(model, backbone, dataset, tmp_path):
+    fingerprint = adapter_fingerprint(model.config, model.state_dict())
+    store = write_compressed(tmp_path / "store", model, backbone, dataset, fingerprint)
+    from_store = float32_results(model, backbone, dataset, store=store)
+    from_images = float32_results(model, backbone, dataset)
+    np.testing.assert_array_equal(from_store.t2i.candidates, from_images.t2i.candidates)
+    np.testing.assert_allclose(from_store.t2i.logits, from_images.t2i.logits, atol=2e-2)
+    assert from_store.seconds["compress"] == 0.0
+
+
+def test_tokens_of_another_adapter_are_refused(model, backbone, dataset, tmp_path):
+    store = write_compressed(tmp_path / "store", model, backbone, dataset, adapter="another")
+    with pytest.raises(UserError, match="another"):
+        float32_results(model, backbone, dataset, store=store)
+
+
+def test_a_backbone_that_the_model_was_not_trained_with_is_refused(model, backbone, dataset):
+    config = replace(model.config, backbone_fingerprint="ViT-B-16/another")
+    other = EDJE(config, model.tokenizer)
+    with pytest.raises(UserError, match=r"ViT-B-16/another"):
+        float32_results(other, backbone, dataset)
+
+
+def test_without_backbone_both_stores_are_needed(model, dataset, stores):
+    with pytest.raises(UserError, match="caption store"):
+        float32_results(model, None, dataset, store=TokenStore.open(stores[0]))
+
+
+@pytest.mark.parametrize("k", [0, 49])
+def test_a_pool_beyond_the_gallery_is_refused(model, backbone, dataset, k):
+    with pytest.raises(UserError, match=rf"k is {k}, but the gallery has 48 images and 240 captions"):
+        float32_results(model, backbone, dataset, k=k)
+
+
+def test_an_unreadable_image_is_named(model, backbone, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    dataset = CaptionDataset(tmp_path, ["broken.png"], ["a red ball"], np.zeros(1, np.int64), [None])
+    with pytest.raises(UserError, match=r"broken\.png"):
+        float32_results(model, backbone, dataset, k=1)
+
+
+def test_evaluation_leaves_a_model_in_training_mode_as_it_was(backbone, tokenizer, dataset):
+    model = make_model(backbone, tokenizer).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    float32_results(model, backbone, dataset, k=2)
+    assert model.training and model.adapter.training and model.encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
