@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The whole test suite from a bare checkout: makes .venv, installs what is missing, runs pytest. Arguments go to pytest.
+#   bash scripts/test.sh                      all tests
+#   bash scripts/test.sh tests/models -x      some of them
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+install requirements.txt requirements-dev.txt
+exec .venv/bin/python -m pytest "$@"
