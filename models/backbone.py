@@ -46,7 +46,7 @@ class ImageFeatures:
     """What one pass of the image tower gives."""
 
     patch_tokens: Tensor
-    """[B, P, Dv], e.g. [32, 576, 1024]: after the tower's final norm, class token left out."""
+    """[B, P, Dv] float32, e.g. [32, 576, 1024]: after the tower's final norm, class token left out."""
     embedding: Tensor
     """[B, De] float32, L2-normalised."""
 
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
         else:
             dtype = getattr(torch, precision)
         clip, weights = _load_clip(config)
-        backbone = cls(config, clip, dtype, weights).to(device)
+        backbone = cls(config, clip.to(device), dtype, weights)
         if config.pretrained != "random":
             _ = backbone.tokenizer  # a tokenizer that is missing shows now, not after the images were encoded
         return backbone
@@ -107,7 +107,7 @@ class Backbone(nn.Module):
                     pixels, indices=1, normalize_intermediates=True, output_fmt="NLC"
                 )
                 tokens, embedding = output["image_intermediates"][-1], output["image_features"]
-        return ImageFeatures(tokens, F.normalize(embedding.float(), dim=-1))
+        return ImageFeatures(tokens.float(), F.normalize(embedding.float(), dim=-1))
 
     @torch.no_grad()
     def encode_texts(self, captions: Sequence[str]) -> Tensor:
@@ -134,7 +134,7 @@ class Backbone(nn.Module):
             ) from None
 
     def _autocast(self) -> AbstractContextManager:
-        # Weights and the residual stream stay in float32; matrix products run in bfloat16.
+        # Weights stay in float32; matrix products run in bfloat16.
         enabled = self.autocast_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 

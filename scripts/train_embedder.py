@@ -79,7 +79,7 @@ def main() -> None:
     dtype = fastest_dtype(clip.logit_scale.device)
     if config.towers:
         for samples in (train, val):
-            replace_by_features(samples, clip, config)
+            replace_by_features(samples, clip, config, dtype)
     learned = sum(p.numel() for p in clip.parameters() if p.requires_grad)
     print(f"{len(train.images)} images, {len(train.texts)} captions; {learned / 1e6:.2f}M weights to train, {dtype}")
     training = EmbedderTraining(config, clip, train, val, arguments.seed, dtype)
@@ -136,11 +136,10 @@ def write_tokenizer(captions: list[str], out: Path) -> dict:
 
 def load_towers(clip: nn.Module, image_folder: Path, text_folder: Path) -> None:
     """Pretrained weights into both towers, which are then frozen; what stays trainable are the heads and the scale."""
-    files = [file for file in image_folder.iterdir() if file.suffix in (".pth", ".pt", ".safetensors")]
+    files = sorted(image_folder.glob("*.pth"))  # a pickled state keeps its order, safetensors does not
     if len(files) != 1:
-        raise UserError(f"{image_folder}: {len(files)} weight files; expected one")
-    is_safe = files[0].suffix == ".safetensors"
-    source = load_file(files[0]) if is_safe else torch.load(files[0], map_location="cpu", weights_only=True)
+        raise UserError(f"{image_folder}: {len(files)} files *.pth; expected one, the weights of the image tower")
+    source = torch.load(files[0], map_location="cpu", weights_only=True)
     trunk = clip.visual.trunk
     trunk.load_state_dict(match_in_order(source, trunk.state_dict(), str(files[0])))
     text = load_file(text_folder / "model.safetensors")
@@ -159,7 +158,7 @@ def match_in_order(source: dict[str, Tensor], target: dict[str, Tensor], where: 
     Raises UserError at the first shape or kind that differs, so nothing can go to a wrong place unseen."""
     matched = {}
     for (name, tensor), (source_name, value) in zip(target.items(), source.items(), strict=False):
-        if value.shape != tensor.shape or name.rsplit(".", 1)[1] != source_name.rsplit(".", 1)[1]:
+        if value.shape != tensor.shape or name.rsplit(".")[-1] != source_name.rsplit(".")[-1]:
             raise UserError(f"{where}: {source_name} {list(value.shape)} does not fit {name} {list(tensor.shape)}")
         matched[name] = value
     if len(matched) != len(target) or any(value.ndim > 2 for value in list(source.values())[len(target) :]):
@@ -168,20 +167,22 @@ def match_in_order(source: dict[str, Tensor], target: dict[str, Tensor], where: 
 
 
 @torch.no_grad()
-def replace_by_features(samples: Samples, clip: nn.Module, config: EmbedderConfig) -> None:
+def replace_by_features(samples: Samples, clip: nn.Module, config: EmbedderConfig, dtype: torch.dtype) -> None:
     """Pixels -> pooled features of the image tower, token ids -> pooled features of the text tower, once."""
     clip.eval()
-    device = clip.logit_scale.device
-    trunk, text = clip.visual.trunk, clip.text
+    device, text = clip.logit_scale.device, clip.text
+    lengths = (samples.texts != text.config.pad_token_id).sum(1)
+    order = lengths.argsort()  # captions of like length together: little padding
     images, texts = [], []
-    for pixels in tqdm(samples.images.split(FEATURE_BATCH), desc="image features", unit="batch"):
-        pixels = normalise(pixels.to(device), config.preprocess).contiguous(memory_format=torch.channels_last)
-        images.append(trunk(pixels).cpu())
-    for ids in tqdm(samples.texts.split(4 * FEATURE_BATCH), desc="text features", unit="batch"):
-        mask = (ids != text.config.pad_token_id).long().to(device)
-        output = text.transformer(input_ids=ids.to(device), attention_mask=mask)
-        texts.append(text.pooler(output, mask).cpu())
-    samples.images, samples.texts = torch.cat(images), torch.cat(texts)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
+        for pixels in tqdm(samples.images.split(FEATURE_BATCH), desc="image features", unit="batch"):
+            pixels = normalise(pixels.to(device), config.preprocess).contiguous(memory_format=torch.channels_last)
+            images.append(clip.visual.trunk(pixels).float().cpu())
+        for rows in tqdm(order.split(4 * FEATURE_BATCH), desc="text features", unit="batch"):
+            ids = samples.texts[rows, : lengths[rows].max()].to(device)
+            mask = (ids != text.config.pad_token_id).long()
+            texts.append(text.pooler(text.transformer(input_ids=ids, attention_mask=mask), mask).float().cpu())
+    samples.images, samples.texts = torch.cat(images), torch.cat(texts)[order.argsort()]
 
 
 def write_weights(clip: nn.Module, file: Path, half: bool) -> None:

@@ -35,7 +35,7 @@ class TowersConfig:
     """Pretrained towers, kept frozen. Each is a folder or `package:NAME/FOLDER`."""
 
     image: str
-    """Folder with one weight file whose tensors go one to one, in order, onto the timm tower of the model."""
+    """Folder with one .pth file whose tensors go one to one, in order, onto the timm tower of the model."""
     text: str
     """Folder of a Hugging Face text model with its tokenizer."""
 

@@ -5,10 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
+import transformers
 import yaml
 from PIL import Image, ImageDraw
 
+from data.caption_datasets import load_annotations
 from models.backbone import WEIGHTS_FILE, Backbone
 from models.config import BackboneConfig
 from models.errors import UserError
@@ -139,6 +142,48 @@ def test_a_wrong_config_is_one_clear_error(scenes, tmp_path, monkeypatch, change
 def test_a_missing_image_is_named(scenes, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="train-red-green.png: no such image file"):
         train(scenes, tmp_path / "model", monkeypatch, "--root", str(tmp_path))
+
+
+def write_towers(folder):
+    """A convolutional tower as another code base names its tensors, and a text model, both with random weights."""
+    (folder / "image").mkdir(parents=True)
+    torch.manual_seed(0)
+    trunk = timm.create_model("test_efficientnet").state_dict()
+    torch.save({f"_{name}": tensor for name, tensor in trunk.items()}, folder / "image" / "tower.pth")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "ball", "left", "right", "of", "box", *COLOURS]
+    tokenizer = transformers.BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **size))
+    for part in (tokenizer, model):
+        part.save_pretrained(folder / "text")
+    return {"image": str(folder / "image"), "text": str(folder / "text")}
+
+
+def test_frozen_towers_stay_as_they_were_and_only_heads_learn(scenes, tmp_path, monkeypatch):
+    towers = write_towers(tmp_path / "towers")
+    vision = {"timm_model_name": "test_efficientnet", "timm_pool": "avg", "timm_proj": "mlp", "image_size": 32}
+    text = {"hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler", "context_length": 10}
+    model = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    changes = {"model": model, "towers": towers, "half": False, "max_steps": 60, "evaluate_every": 60}
+    record = train(scenes, tmp_path / "model", monkeypatch, **changes)
+    backbone = Backbone.load(
+        BackboneConfig(pretrained=str(tmp_path / "model"), token_stages=(2, 3), token_grid=4), precision="float32"
+    )
+    saved = torch.load(tmp_path / "towers" / "image" / "tower.pth", weights_only=True)
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(backbone.clip.visual.trunk.state_dict().values(), saved.values(), strict=False)
+    )
+    assert backbone.dims.num_patches == 16
+    assert recall_of(backbone, scenes) == pytest.approx(record["history"][-1]["t2i"], abs=5)  # bfloat16 features
+    assert record["validation_R@1_mean"] > 15  # 5 is chance
+
+
+def recall_of(backbone, scenes):
+    val = load_annotations(scenes / "scenes.json", scenes, "val")
+    images = torch.stack([backbone.preprocess(Image.open(val.path(i))) for i in range(len(val))])
+    best = (backbone.encode_texts(val.captions) @ backbone.encode_images(images).embedding.T).argmax(1)
+    return 100 * float((best == torch.from_numpy(val.caption_image)).float().mean())
 
 
 def samples(identities, captions_each=2):
