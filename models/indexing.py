@@ -173,7 +173,11 @@ def read_images(
 
     Without `preprocess` images are decoded only, and the pixels are None."""
     return DataLoader(
-        _ImageBatches(images, preprocess), batch_size=None, sampler=batches, num_workers=num_workers if batches else 0
+        _ImageBatches(images, preprocess),
+        batch_size=None,
+        sampler=batches,
+        num_workers=num_workers if batches else 0,
+        generator=torch.Generator(),  # a loader draws a seed for its workers; the caller's random state stays as it was
     )
 
 

@@ -183,18 +183,18 @@ class TokenStore:
             reads = []
             for i in range(start, min(start + READ_AHEAD_ROWS, len(rows))):
                 section = self.manifest.shard_items(shards[i]) * self.manifest.record_bytes if in_embeddings else 0
-                reads.append((shards[i], section + places[i] * stride, raw[i]))
+                reads.append((self._descriptor(shards[i]), section + places[i] * stride, raw[i]))
             self._read_block(reads)
         return torch.from_numpy(raw)
 
     def _read_block(self, reads: list[tuple[int, int, np.ndarray]]) -> None:
-        """Read at (shard, offset) into each buffer; the disk sees all the reads at once, so cold ones overlap."""
+        """Read at (descriptor, offset) into each buffer; the disk sees all the reads at once, so cold ones overlap."""
         if hasattr(os, "posix_fadvise"):
-            for shard, offset, buffer in reads:
-                os.posix_fadvise(self._descriptor(shard), offset, len(buffer), os.POSIX_FADV_WILLNEED)
-        for shard, offset, buffer in reads:
-            if os.preadv(self._descriptor(shard), [buffer], offset) != len(buffer):
-                raise UserError(f"{self.path / shard_name(shard)}: became shorter while in use; rebuild the store")
+            for descriptor, offset, buffer in reads:
+                os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
+        for descriptor, offset, buffer in reads:
+            if os.preadv(descriptor, [buffer], offset) != len(buffer):
+                raise UserError(f"{self.path}: a shard became shorter while in use; rebuild the store")
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._files:
