@@ -122,6 +122,8 @@ class ObjectivesConfig:
     text_recovery: float = 1.0
     itc: float = 0.0
     """Image-text contrast between a vision-only and a text-only pass."""
+    align_steps: int = 0
+    """First steps on image-text contrast alone, at weight 1: an alignment stage where ITM by itself stays at chance."""
     distillation: float = 0.0
     teacher: str = ""
     """Checkpoint of the local model whose logits are distilled; goes with a distillation weight above 0."""

@@ -199,7 +199,7 @@ def _backward(run: Run, inputs: StepInputs, objectives: Objectives) -> StepLosse
             f"step {run.step}: the loss {' and '.join(names)} is not finite; nothing was updated, and the last "
             "checkpoint is whole. Lower training.lr, or set training.precision=float32"
         )
-    (losses.total(objectives.config) / run.config.training.accumulation).backward()
+    (losses.total / run.config.training.accumulation).backward()
     return losses
 
 
@@ -238,6 +238,7 @@ class _StepReader:
             captions=self.run.model.tokenizer(raw).to(device),
             excluded=self.keys.true_pairs(captions.cpu(), image_numbers.cpu()).to(device),
             random_share=negatives.random_share(self.run.step),
+            aligning=self.run.step < self.run.config.objectives.align_steps,
         )
 
     def _features(self, batch: Batch, raw: list[str]) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,17 +138,20 @@ class StepInputs:
     """[B, B] bool over the rows of all ranks: caption i describes image j, so the pair is no negative."""
     random_share: float
     """Share of random negatives at this step of the curriculum."""
+    aligning: bool = False
+    """In the alignment stage, which trains image-text contrast alone."""
 
 
 @dataclass(frozen=True)
 class StepLosses:
-    """losses: unweighted mean over this rank's rows, by name of the objective; stats: numbers for the log."""
+    """What one micro-batch gave this rank."""
 
     losses: dict[str, Tensor]
+    """Mean over this rank's rows, unweighted, by name of the objective."""
+    total: Tensor
+    """Their weighted sum, what is differentiated."""
     stats: dict[str, float] = field(default_factory=dict)
-
-    def total(self, config: ObjectivesConfig) -> Tensor:
-        return sum(getattr(config, name) * loss for name, loss in self.losses.items())
+    """Numbers for the log."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +174,11 @@ class Objectives:
         self.config, self.negatives, self.seed, self.ranks, self.teacher = config, negatives, seed, ranks, teacher
 
     def __call__(self, model: EDJE, inputs: StepInputs) -> StepLosses:
-        """Every loss whose weight is not 0."""
+        """Every loss whose weight is not 0; in the alignment stage image-text contrast alone."""
         tokens = model.compress(inputs.patch_tokens)
+        if inputs.aligning:
+            contrast = self._itc(model, inputs, model.text_cls(inputs.captions), model.image_cls(tokens))
+            return StepLosses({"itc": contrast}, contrast)
         losses, stats = {}, {}
         if self.config.itm or self.config.distillation:
             losses, stats = self._match_losses(model, inputs, tokens)
@@ -186,7 +192,8 @@ class Objectives:
                 )
             if self.config.itc:
                 losses["itc"] = self._itc(model, inputs, text_cls, model.image_cls(tokens))
-        return StepLosses(losses, stats)
+        total = sum(getattr(self.config, name) * loss for name, loss in losses.items())
+        return StepLosses(losses, total, stats)
 
     def _own_rows(self, inputs: StepInputs) -> Tensor:
         count = len(inputs.rows)

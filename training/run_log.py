@@ -22,7 +22,7 @@ class RunLog:
     def __init__(self, output: Path, first_step: int, ranks: Ranks):
         """`first_step`: steps done so far; lines of later steps, left by a killed run, are dropped."""
         self.ranks, self.path = ranks, output / "metrics.jsonl"
-        self.sums: dict[str, float] = defaultdict(float)
+        self.values: dict[str, list[float]] = defaultdict(list)
         self.steps, self.learning_rate = 0, 0.0
         self.started, self.waited_before, self.waited = time.perf_counter(), 0.0, 0.0
         self.board = None
@@ -37,15 +37,14 @@ class RunLog:
     def add(self, micro_batches: list[StepLosses], norm: float, rate: float, seconds_waited: float) -> None:
         """One optimizer step."""
         self.steps, self.learning_rate, self.waited = self.steps + 1, rate, seconds_waited
-        self.sums["grad_norm"] += norm
+        self.values["grad_norm"].append(norm)
         for result in micro_batches:
-            values = {name: loss.item() for name, loss in result.losses.items()} | result.stats
-            for name, value in values.items():
-                self.sums[name] += value / len(micro_batches)
+            for name, value in ({name: loss.item() for name, loss in result.losses.items()} | result.stats).items():
+                self.values[name].append(value)
 
     def write(self, step: int, batch_size: int) -> str:
         """A line of metrics since the last one; returns a short form for the progress bar."""
-        of_ranks = self.ranks.gather_objects({name: total / self.steps for name, total in self.sums.items()})
+        of_ranks = self.ranks.gather_objects({name: sum(v) / len(v) for name, v in self.values.items()})
         metrics = {name: sum(rank[name] for rank in of_ranks) / len(of_ranks) for name in of_ranks[0]}
         seconds = time.perf_counter() - self.started
         metrics |= {
@@ -54,7 +53,7 @@ class RunLog:
             "waiting_share": (self.waited - self.waited_before) / seconds,
         }
         self._record({"step": step} | metrics)
-        self.sums.clear()
+        self.values.clear()
         self.steps, self.started, self.waited_before = 0, time.perf_counter(), self.waited
         shown = ("itm", "itm_accuracy", "mlm", "itc", "distillation")
         return " ".join(f"{name} {metrics[name]:.3f}" for name in shown if name in metrics)

@@ -123,7 +123,14 @@ def _from_checkpoint(config: RunConfig, features: Features) -> EDJE:
     source = EDJE.from_pretrained(config.model.init_from)
     check_backbone(source.config, features, config.model.init_from)
     adapter = source.config.adapter if config.model.init_adapter else config.model.adapter
-    model_config = replace(source.config, adapter=adapter, fusion_lambda=None)
+    named = _model_config(config, features, source.config.encoder)
+    model_config = replace(
+        source.config,
+        adapter=adapter,
+        backbone=named.backbone,
+        backbone_fingerprint=named.backbone_fingerprint,
+        fusion_lambda=None,
+    )
     source.encoder.extend_positions(model_config.max_caption_tokens + model_config.num_vision_tokens)
     encoder = replace(
         source.encoder.config,
@@ -141,8 +148,12 @@ def _from_checkpoint(config: RunConfig, features: Features) -> EDJE:
 
 
 def check_backbone(saved: EDJEConfig, features: Features, where: str | Path) -> None:
-    """Raise UserError, naming both, if a checkpoint was made on another backbone than the run's features."""
-    if saved.backbone_fingerprint != features.fingerprint:
+    """Raise UserError, naming both, if a checkpoint was made on another backbone than the run's features.
+
+    An imported checkpoint records no fingerprint; its sizes are all that can be compared."""
+    if saved.dims != features.dims:
+        raise UserError(f"{where}: was trained on features of {saved.dims}, this run's are {features.dims}")
+    if saved.backbone_fingerprint not in ("", features.fingerprint):
         raise UserError(
             f"{where}: was trained on backbone {saved.backbone_fingerprint}, this run's features come from "
             f"{features.fingerprint}; use the same backbone"

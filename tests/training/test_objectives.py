@@ -1,6 +1,7 @@
 """Losses against plain loops, what gradients reach, and what a loss must not depend on."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_gradients_reach_adapter_encoder_and_every_head(tokenizer, kind):
     model = build(tokenizer, kind)
     losses = Objectives(ALL, NegativesConfig(), 0, Ranks())(model, make_inputs(tokenizer))
     assert set(losses.losses) == {"itm", "mlm", "text_recovery", "itc"}
-    losses.total(ALL).backward()
+    losses.total.backward()
     # Biases of keys and of the logit cancel in a softmax; similarity_weight is for the residual form.
     unreached = ("similarity_weight", "key.bias", "match_head.out.bias")
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -161,7 +162,7 @@ def test_only_objectives_with_a_weight_are_computed(tokenizer):
     config = ObjectivesConfig(itm=0, mlm=0.5, text_recovery=0)
     losses = Objectives(config, NegativesConfig(), 0, Ranks())(build(tokenizer), make_inputs(tokenizer))
     assert set(losses.losses) == {"mlm"}
-    torch.testing.assert_close(losses.total(config), 0.5 * losses.losses["mlm"])
+    torch.testing.assert_close(losses.total, 0.5 * losses.losses["mlm"])
 
 
 def test_mlm_masks_about_half_of_the_words_and_never_an_unknown_one(tokenizer):
@@ -208,3 +209,9 @@ def test_equal_captions_are_true_pairs_in_both_directions(tmp_path):
     )
     true = CaptionKeys(dataset).true_pairs(torch.tensor([0, 3, 4]), torch.tensor([0, 1, 2]))
     assert true.tolist() == [[True, True, False], [False, True, False], [False, False, True]]
+
+
+def test_the_alignment_stage_trains_contrast_alone(tokenizer):
+    inputs = replace(make_inputs(tokenizer), aligning=True)
+    losses = Objectives(ALL, NegativesConfig(), 0, Ranks())(build(tokenizer), inputs)
+    assert set(losses.losses) == {"itc"} and losses.total is losses.losses["itc"]
