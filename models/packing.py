@@ -53,6 +53,36 @@ class PackedInput:
     caption_rows: Tensor
     """[sum of caption lengths] int64: rows of the captions' pieces, sequence by sequence."""
 
+    def pieces(self, max_rows: int) -> list[PackedInput]:
+        """The same sequences in runs of at most `max_rows` rows (but at least one sequence), in the order of the
+        rows; each piece counts its rows from 0, its `cls_rows` rise, and it has no `caption_rows`."""
+        runs: list[list[Group]] = [[]]
+        filled = 0
+        for start, count, length in self.groups:
+            while count:
+                fitting = min(count, (max_rows - filled) // length)
+                if not fitting and filled:
+                    runs.append([])
+                    filled = 0
+                    continue
+                taken = Group(start, max(1, fitting), length)
+                runs[-1].append(taken)
+                start, count, filled = taken.rows.stop, count - taken.count, filled + taken.count * length
+        return [self._piece(run) for run in runs]
+
+    def _piece(self, groups: list[Group]) -> PackedInput:
+        first = groups[0].start
+        rows = slice(first, groups[-1].rows.stop)
+        cls_rows = [torch.arange(g.start - first, g.rows.stop - first, g.length) for g in groups]
+        return PackedInput(
+            embeddings=self.embeddings[rows],
+            positions=self.positions[rows],
+            segments=self.segments[rows],
+            groups=tuple(group._replace(start=group.start - first) for group in groups),
+            cls_rows=torch.cat(cls_rows).to(self.positions.device),
+            caption_rows=self.caption_rows[:0],
+        )
+
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -87,9 +117,9 @@ def _lay_out(lengths: Tensor) -> _Layout:
 
 
 def _place(layout: _Layout, word_table: Tensor, words: Tensor, word_rows: Tensor) -> Tensor:
-    """Word embeddings [T, H] with `words` at `word_rows`, zero elsewhere."""
+    """Word embeddings [T, H] with `words` at `word_rows`, the other rows not set."""
     embedded = F.embedding(words, word_table)
-    return embedded.new_zeros(len(layout.positions), embedded.shape[1]).index_copy(0, word_rows, embedded)
+    return embedded.new_empty(len(layout.positions), embedded.shape[1]).index_copy_(0, word_rows, embedded)
 
 
 def _caption_rows(starts: Tensor, captions: CaptionIds) -> Tensor:
@@ -121,7 +151,7 @@ def pack_pairs(
     token_rows = first_sep.unsqueeze(1) + 1 + torch.arange(num_tokens, device=starts.device)
     vision = tokens[image_index].flatten(0, 1).to(embeddings.dtype)
     return PackedInput(
-        embeddings=embeddings.index_copy(0, token_rows.flatten(), vision),
+        embeddings=embeddings.index_copy_(0, token_rows.flatten(), vision),
         positions=layout.positions,
         segments=(layout.positions >= (captions.lengths + 2)[layout.sequences]).long(),
         groups=layout.groups,
