@@ -31,11 +31,12 @@ class SequenceAttention:
 
         With `one_query`, queries and result are [Q, H], one row a sequence in the order of the groups."""
         sizes = [group.count * (1 if one_query else group.length) for group in self.groups]
-        queries = queries.unflatten(1, (self.num_heads, -1))
+        # split, not slices: the gradient of a slice is a whole tensor of zeros for each group.
+        queries = queries.unflatten(1, (self.num_heads, -1)).split(sizes)
+        keys_values = keys_values.split([group.count * group.length for group in self.groups])
         contexts = []
-        for group, query, filled in zip(self.groups, queries.split(sizes), self._filled, strict=True):
-            query = query.unflatten(0, (group.count, -1)).transpose(1, 2)
-            rows, mask = keys_values[group.rows], None
+        for group, query, rows, filled in zip(self.groups, queries, keys_values, self._filled, strict=True):
+            query, mask = query.unflatten(0, (group.count, -1)).transpose(1, 2), None
             if filled is not None:
                 index, mask = filled
                 rows = rows.index_select(0, index)
