@@ -1,0 +1,108 @@
+"""Measure speed and write a record: command, commit, machine, versions, and every number with its spread.
+
+python scripts/benchmark.py --out benchmarks/rerank_cpu.json --only rerank       about 3 minutes on 2 cores
+python scripts/benchmark.py --device cuda --out benchmarks/h100.json --pairs 4096
+python scripts/benchmark.py --table benchmarks/rerank_cpu.json                   the README's table from a record
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from models.errors import UserError, run_entry_point  # noqa: E402
+from models.ranks import pick_device  # noqa: E402
+from scripts.benchmark_timing import environment  # noqa: E402
+from scripts.rerank_benchmark import benchmark_rerank  # noqa: E402
+
+SECTIONS = ("rerank",)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.table:
+        print(markdown(read_record(arguments.table)))
+        return
+    if not arguments.out:
+        raise UserError("--out is missing; name the record to write, e.g. --out benchmarks/rerank_cpu.json")
+    device = pick_device(arguments.device)
+    record: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), **environment(device)}
+    for section in [arguments.only] if arguments.only else SECTIONS:
+        record[section] = run_section(section, device, arguments)
+    write_record(arguments.out, record)
+    print(markdown(record))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="record to write, JSON")
+    parser.add_argument("--only", choices=SECTIONS, help="one section; default: all")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--pairs", type=int, default=256, help="pairs a contestant scores in a round (default 256)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds that count, after one of warm-up (default 9)")
+    parser.add_argument("--table", type=Path, metavar="FILE.json", help="print a record as Markdown; measures nothing")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2 or arguments.pairs < 1:
+        raise UserError(f"--rounds {arguments.rounds} --pairs {arguments.pairs}: at least 2 rounds and 1 pair")
+    return arguments
+
+
+def run_section(name: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One section of the record."""
+    assert name == "rerank", name
+    return benchmark_rerank(device, arguments.pairs, arguments.rounds)
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Whole or not at all: a temporary file, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        json.dump(record, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a benchmark record ({error}); write one with --out") from error
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """A record as the README shows it."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines = [f"{record['device']}, {record['threads']} threads; {versions}; {record['date']}", ""]
+    if "rerank" in record:
+        lines += rerank_table(record["rerank"])
+    return "\n".join(lines)
+
+
+def rerank_table(section: dict[str, Any]) -> list[str]:
+    lines = ["| contestant | pairs/s, median (10th to 90th percentile) | share of matmul peak |", "|---|---|---|"]
+    for result in section["results"]:
+        rate = result["pairs_per_second"]
+        lines.append(
+            f"| {result['name']} | {rate['median']:.0f} ({rate['p10']:.0f} to {rate['p90']:.0f}) "
+            f"| {result['share_of_matmul_peak']:.0%} |"
+        )
+    lines += ["", "| comparison | times as fast | target |", "|---|---|---|"]
+    for row in section["ratios"]:
+        lines.append(f"| {row['name']} | {row['reached']['median']:.2f} | {row['target']} |")
+    return lines
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
