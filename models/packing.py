@@ -56,18 +56,16 @@ class PackedInput:
     def pieces(self, max_rows: int) -> list[PackedInput]:
         """The same sequences in runs of at most `max_rows` rows (but at least one sequence), in the order of the
         rows; each piece counts its rows from 0, its `cls_rows` rise, and it has no `caption_rows`."""
-        runs: list[list[Group]] = [[]]
-        filled = 0
+        runs: list[list[Group]] = []
+        filled = max_rows  # the first sequence opens the first run
         for start, count, length in self.groups:
             while count:
-                fitting = min(count, (max_rows - filled) // length)
-                if not fitting and filled:
+                if filled + length > max_rows:
                     runs.append([])
                     filled = 0
-                    continue
-                taken = Group(start, max(1, fitting), length)
-                runs[-1].append(taken)
-                start, count, filled = taken.rows.stop, count - taken.count, filled + taken.count * length
+                taken = min(count, max(1, (max_rows - filled) // length))
+                runs[-1].append(Group(start, taken, length))
+                start, count, filled = start + taken * length, count - taken, filled + taken * length
         return [self._piece(run) for run in runs]
 
     def _piece(self, groups: list[Group]) -> PackedInput:
