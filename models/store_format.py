@@ -27,8 +27,6 @@ MANIFEST, PLAN, IDS = "manifest.json", "unfinished.json", "ids.jsonl"
 CHECKSUM_BYTES = 32
 """SHA-256 at the end of every shard, over all that lies before it."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
-SMALLEST_SCALE = 2.0**-14
-"""Smallest normal float16: below it a scale would lose its precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +162,8 @@ def encode(tokens: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
         return encoded.view(torch.uint8), encoded.isfinite().all(-1).all(-1)
     tokens = tokens.float()
     largest = tokens.abs().amax(-1, keepdim=True) if tokens.shape[-1] else tokens.new_zeros(*tokens.shape[:2], 1)
-    scales = (largest / 127).clamp(min=SMALLEST_SCALE).half()
+    scales = (largest / 127).half()
+    # A token of zeros, or too small for any float16 scale, has scale 0 and comes back as zeros; 0/0 as int8 is undefined.
     values = (tokens / scales.float()).nan_to_num().round().clamp(-127, 127).to(torch.int8)
     encoded = torch.cat([values.view(torch.uint8), scales.view(torch.uint8)], dim=-1)
     return encoded, scales.isfinite().all(-1).all(-1)

@@ -70,7 +70,7 @@ def test_float_tokens_come_back_as_the_dtype_rounds_them(tmp_path, dtype):
     assert torch.equal(store.gather_embeddings(store.ids), embeddings)
 
 
-@pytest.mark.parametrize("magnitude", [1e-6, 1e-3, 1.0, 300.0])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-8, 1e-6, 1e-4, 1e-3, 0.01, 1.0, 300.0])
 def test_int8_tokens_come_back_within_057_steps(tmp_path, magnitude):
     tokens, embeddings = random_items(10)
     tokens *= magnitude
@@ -196,7 +196,7 @@ def test_a_killed_writer_goes_on_at_the_first_missing_shard_to_identical_bytes(t
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("failing_call", range(1, 9))
+@pytest.mark.parametrize("failing_call", range(1, 7))  # plan, ids, three shards, manifest
 def test_a_crash_at_any_rename_leaves_a_store_that_can_be_continued(tmp_path, monkeypatch, failing_call):
     write_store(tmp_path / "whole")
     replace, calls = os.replace, []
@@ -208,11 +208,10 @@ def test_a_crash_at_any_rename_leaves_a_store_that_can_be_continued(tmp_path, mo
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", crash)
-    try:
+    with pytest.raises(KeyboardInterrupt):
         write_store(tmp_path / "s")
-    except KeyboardInterrupt:
-        with pytest.raises(UserError, match="unfinished|no token store"):
-            TokenStore.open(tmp_path / "s")
+    with pytest.raises(UserError, match="unfinished|no token store"):
+        TokenStore.open(tmp_path / "s")
     monkeypatch.undo()
     write_store(tmp_path / "s")
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
