@@ -163,7 +163,7 @@ def encode(tokens: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     tokens = tokens.float()
     largest = tokens.abs().amax(-1, keepdim=True) if tokens.shape[-1] else tokens.new_zeros(*tokens.shape[:2], 1)
     scales = (largest / 127).half()
-    # A token of zeros, or too small for any float16 scale, has scale 0 and comes back as zeros; 0/0 as int8 is undefined.
+    # A token too small for any float16 scale has scale 0 and comes back as zeros; 0/0 as int8 is undefined.
     values = (tokens / scales.float()).nan_to_num().round().clamp(-127, 127).to(torch.int8)
     encoded = torch.cat([values.view(torch.uint8), scales.view(torch.uint8)], dim=-1)
     return encoded, scales.isfinite().all(-1).all(-1)
