@@ -298,7 +298,7 @@ class OptimizedEncoder(EncoderPass):
     def word_table(self) -> Tensor:
         return self._weights.words
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: a teacher's logits enter a loss
     def encode(self, packed: PackedInput, rows: Tensor | None = None) -> Tensor:
         """As EncoderPass.encode; on a CPU by pieces of ROWS_AT_ONCE rows."""
         if packed.embeddings.device.type != "cpu" or len(packed.embeddings) <= ROWS_AT_ONCE:
