@@ -1,24 +1,21 @@
 """The gallery of an evaluation: embeddings of images and captions, and each image's vision tokens, computed once.
 
-Images and captions are processed in fixed blocks that are dealt out to the ranks and shared block by block: a block's
-arithmetic does not depend on who computes it, so neither does any score. Letters: N images, C captions, m vision
-tokens, H joint encoder width, De embedding width, P patch tokens, Dv patch width.
+Images and captions are processed in fixed blocks (blocks.py), so no score depends on the number of ranks.
+Letters: N images, C captions, m vision tokens, H joint encoder width, De embedding width, P patch tokens, Dv patch
+width.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from data.caption_datasets import CaptionDataset
 from models.backbone import Backbone
@@ -29,30 +26,12 @@ from models.images import open_image
 from models.ranks import Ranks
 from models.token_store import TokenStore
 
+from .blocks import Stopwatch, blocks, own_blocks, progress_bar, run_blocks, share_blocks
+
 IMAGES_PER_BLOCK = 32
 CAPTIONS_PER_BLOCK = 256
 READER_THREADS = 4
 """Pillow decodes and resizes outside Python's lock; more threads than this only queue behind the backbone."""
-
-
-@dataclass
-class Stopwatch:
-    """Wall-clock seconds by part; waits for the device, so that a part's work is counted in that part."""
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        self._wait()
-        start = time.perf_counter()
-        yield
-        self._wait()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)
@@ -66,11 +45,6 @@ class Gallery:
     """[C, De] float32, normalised."""
     tokens: Callable[[Tensor], Tensor]
     """Image numbers [n] int64 (CPU) -> their vision tokens [n, m, H] on the model's device."""
-
-
-def blocks(total: int, size: int) -> list[slice]:
-    """0 .. total - 1 in slices of `size`, the last one shorter."""
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def build_gallery(
@@ -112,9 +86,13 @@ class _StoredTokens:
     store: TokenStore
     rows: np.ndarray
     device: torch.device
+    lock: Lock = field(default_factory=Lock)
+    """Blocks run side by side; the store opens its files at their first use."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self.store.gather_rows(self.rows[images.numpy()]).to(self.device).float()
+        with self.lock:
+            tokens = self.store.gather_rows(self.rows[images.numpy()])
+        return tokens.to(self.device).float()
 
 
 def _check_backbone(
@@ -143,28 +121,38 @@ def _encode_captions(backbone: Backbone, captions: Sequence[str], ranks: Ranks, 
     """[C, De] float32."""
     embeddings = torch.empty(len(captions), backbone.dims.embedding_width, device=ranks.device)
     parts = blocks(len(captions), CAPTIONS_PER_BLOCK)
-    for part in progress_bar(own_blocks(parts, ranks), "captions", progress):
-        embeddings[part] = backbone.encode_texts(captions[part])
-    _share(embeddings, parts, ranks)
+    own = own_blocks(parts, ranks)
+    encoded = run_blocks(lambda part: backbone.encode_texts(captions[part]), own, ranks.device)
+    for part, result in zip(own, progress_bar(encoded, len(own), "captions", progress), strict=True):
+        embeddings[part] = result
+    share_blocks(embeddings, parts, ranks)
     return embeddings
 
 
 def _encode_images(
     model: EDJE, backbone: Backbone, dataset: CaptionDataset, ranks: Ranks, watch: Stopwatch, progress: bool
 ) -> tuple[Tensor, Tensor]:
-    """One backbone pass an image: embeddings [N, De] and compressed tokens [N, m, H]."""
+    """One backbone pass an image: embeddings [N, De] and compressed tokens [N, m, H]. Reading counts as backbone."""
     embeddings = torch.empty(len(dataset), backbone.dims.embedding_width, device=ranks.device)
     tokens = _empty_tokens(model, len(dataset), ranks)
     parts = blocks(len(dataset), IMAGES_PER_BLOCK)
-    own = own_blocks(parts, ranks)
-    for part, pixels in zip(progress_bar(own, "images", progress), _read_ahead(backbone, dataset, own), strict=True):
-        with watch.part("backbone"):
+    own, seconds = own_blocks(parts, ranks), []
+
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+        of_block = Stopwatch(ranks.device)
+        with of_block.part("backbone"):
             features = backbone.encode_images(pixels)
-        with watch.part("compress"):
-            embeddings[part] = features.embedding
-            tokens[part] = model.compress(features.patch_tokens)
-    _share(embeddings, parts, ranks)
-    _share(tokens, parts, ranks)
+        with of_block.part("compress"):
+            compressed = model.compress(features.patch_tokens)
+        return features.embedding, compressed, of_block.seconds
+
+    encoded = run_blocks(encode, _read_ahead(backbone, dataset, own), ranks.device)
+    with watch.divided(seconds):
+        for part, result in zip(own, progress_bar(encoded, len(own), "images", progress), strict=True):
+            embeddings[part], tokens[part] = result[:2]
+            seconds.append(result[2])
+    share_blocks(embeddings, parts, ranks)
+    share_blocks(tokens, parts, ranks)
     return embeddings, tokens
 
 
@@ -175,28 +163,19 @@ def _compress_stored(
     rows = store.rows(dataset.image_ids)
     tokens = _empty_tokens(model, len(dataset), ranks)
     parts = blocks(len(dataset), IMAGES_PER_BLOCK)
-    for part in progress_bar(own_blocks(parts, ranks), "stored tokens", progress):
-        with watch.part("compress"):
-            tokens[part] = model.compress(store.gather_rows(rows[part]).to(ranks.device))
-    _share(tokens, parts, ranks)
+    own = own_blocks(parts, ranks)
+    stored = (store.gather_rows(rows[part]).to(ranks.device) for part in own)
+    compressed = run_blocks(model.compress, stored, ranks.device)
+    with watch.part("compress"):
+        for part, result in zip(own, progress_bar(compressed, len(own), "stored tokens", progress), strict=True):
+            tokens[part] = result
+    share_blocks(tokens, parts, ranks)
     return store.gather_embedding_rows(rows).to(ranks.device), tokens
 
 
 def _empty_tokens(model: EDJE, num_images: int, ranks: Ranks) -> Tensor:
     config = model.config
     return torch.empty(num_images, config.num_vision_tokens, config.encoder.hidden_size, device=ranks.device)
-
-
-def own_blocks(parts: list[slice], ranks: Ranks) -> list[slice]:
-    """This rank's share: blocks are dealt out in turn."""
-    return parts[ranks.rank :: ranks.size]
-
-
-def _share(values: Tensor, parts: list[slice], ranks: Ranks) -> None:
-    """Give every rank the blocks that the others computed."""
-    if ranks.size > 1:
-        for number, part in enumerate(parts):
-            dist.broadcast(values[part], src=number % ranks.size)
 
 
 def _read_ahead(backbone: Backbone, dataset: CaptionDataset, parts: list[slice]) -> Iterator[Tensor]:
@@ -212,8 +191,3 @@ def _read_ahead(backbone: Backbone, dataset: CaptionDataset, parts: list[slice])
                 pending.append([readers.submit(read, image) for image in range(part.start, part.stop)])
             if len(pending) > (part is not None):
                 yield torch.stack([future.result() for future in pending.popleft()])
-
-
-def progress_bar(parts: list[slice], name: str, shown: bool) -> tqdm:
-    """The blocks, counted on a bar with rate and time left."""
-    return tqdm(parts, desc=name, unit="block", disable=not shown, dynamic_ncols=True, leave=False)

@@ -26,7 +26,8 @@ from models.precision import fastest_dtype
 from models.ranks import Ranks
 from models.token_store import TokenStore
 
-from .gallery import Gallery, Stopwatch, blocks, build_gallery, own_blocks, progress_bar
+from .blocks import Stopwatch, blocks, own_blocks, progress_bar, run_blocks
+from .gallery import Gallery, build_gallery
 from .metrics import RECALL_DEPTHS
 from .results import DirectionResults, Results
 
@@ -97,14 +98,15 @@ def first_stage(queries: Tensor, items: Tensor, depth: int) -> Pools:
     depth = min(depth, len(items))
     items = items.double()
     numbers = torch.arange(len(items), device=items.device)
-    ids, similarities = [], []
-    for part in blocks(len(queries), QUERIES_PER_BLOCK):
+
+    def search(part: slice) -> tuple[Tensor, Tensor]:
         # float64, rounded to float32: items with the same embedding tie exactly, wherever they lie in the product.
         cosine = (queries[part].double() @ items.T).float()
         best = (_ordered_integers(cosine) * len(items) - numbers).topk(depth, dim=1).indices
-        ids.append(best)
-        similarities.append(cosine.gather(1, best))
-    return Pools(torch.cat(ids), torch.cat(similarities))
+        return best, cosine.gather(1, best)
+
+    found = list(run_blocks(search, blocks(len(queries), QUERIES_PER_BLOCK), queries.device))
+    return Pools(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 def _ordered_integers(values: Tensor) -> Tensor:
@@ -128,8 +130,9 @@ def rerank_pools(
     direction: `t2i` (queries are captions) or `i2t` (queries are images)."""
     pairs = _PairList.of(model, gallery, pools, direction, k)
     size = pairs_per_batch or (128 if ranks.device.type == "cpu" else 1024)
-    bar = progress_bar(own_blocks(blocks(len(pairs), size), ranks), f"rerank {direction}", progress)
-    scored = [pairs.logits(model, gallery, part) for part in bar]
+    own = own_blocks(blocks(len(pairs), size), ranks)
+    scored = run_blocks(lambda part: pairs.logits(model, gallery, part), own, ranks.device)
+    scored = list(progress_bar(scored, len(own), f"rerank {direction}", progress))
     return _collect(scored, len(pairs), ranks).view(len(pools.ids), k)
 
 

@@ -20,6 +20,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import open_clip
@@ -37,6 +38,8 @@ from .errors import UserError
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 TEXT_BATCH = 256
+# Hugging Face's fast tokenizers refuse to be used by two threads at once ("Already borrowed").
+_TOKENIZER_LOCK = Lock()
 # What loading a file can raise: absent or damaged files, tensors of another architecture.
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError, EOFError)
 
@@ -114,7 +117,8 @@ class Backbone(nn.Module):
         """C raw captions -> [C, De] float32, L2-normalised."""
         embeddings = [torch.empty(0, self.dims.embedding_width, device=self.device)]
         for start in range(0, len(captions), TEXT_BATCH):
-            ids = self.tokenizer(list(captions[start : start + TEXT_BATCH])).to(self.device)
+            with _TOKENIZER_LOCK:
+                ids = self.tokenizer(list(captions[start : start + TEXT_BATCH])).to(self.device)
             with self._autocast():
                 embedding = self.clip.encode_text(ids)
             embeddings.append(F.normalize(embedding.float(), dim=-1))
