@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from models.errors import UserError, run_entry_point  # noqa: E402
 from models.ranks import pick_device  # noqa: E402
 from scripts.benchmark_timing import environment  # noqa: E402
-from scripts.rerank_benchmark import benchmark_rerank  # noqa: E402
+from scripts.rerank_benchmark import BASELINE_BATCH, benchmark_rerank  # noqa: E402
 
 SECTIONS = ("rerank",)
 
@@ -49,17 +49,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--pairs", type=int, default=256, help="pairs a contestant scores in a round (default 256)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count, after one of warm-up (default 9)")
+    parser.add_argument(
+        "--baseline-batch", type=int, default=BASELINE_BATCH, help="padded batch of BertModel (default %(default)s)"
+    )
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="print a record as Markdown; measures nothing")
     arguments = parser.parse_args()
-    if arguments.rounds < 2 or arguments.pairs < 1:
-        raise UserError(f"--rounds {arguments.rounds} --pairs {arguments.pairs}: at least 2 rounds and 1 pair")
+    if arguments.rounds < 2 or arguments.pairs < 1 or arguments.baseline_batch < 1:
+        raise UserError("--rounds must be at least 2, --pairs and --baseline-batch at least 1")
     return arguments
 
 
 def run_section(name: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
     """One section of the record."""
     assert name == "rerank", name
-    return benchmark_rerank(device, arguments.pairs, arguments.rounds)
+    return benchmark_rerank(device, arguments.pairs, arguments.rounds, arguments.baseline_batch)
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

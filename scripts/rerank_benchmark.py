@@ -19,7 +19,7 @@ from models.captions import CaptionIds
 from models.config import EncoderConfig
 from models.edje import MatchHead
 from models.joint_encoder import EncoderPass, JointEncoder
-from scripts.benchmark_timing import alternate, matmul_peak, ratio, seconds_of, spread
+from scripts.benchmark_timing import alternate, matmul_peak, ratio, spread
 
 CLS_ID, SEP_ID = 101, 102
 NUM_VISION_TOKENS = 64
@@ -27,6 +27,8 @@ CAPTION_LENGTHS = (4, 40)
 EQUAL_LENGTH = 16
 OUR_BATCH = 256
 """Pairs a call; on a CPU the encoder itself cuts a call to what fits the cache."""
+BASELINE_BATCH = 32
+"""What sentence-transformers' CrossEncoder.predict takes by default."""
 TARGETS = {
     "float32 against BertModel, varied lengths, arrival order": 1.4,
     "float32 against BertModel, varied lengths, sorted": 1.2,
@@ -130,14 +132,8 @@ def useful_operations(config: EncoderConfig, lengths: Tensor) -> float:
     return float(((layers - 1) * full + last).sum())
 
 
-def best_batch(run: Callable[[int], Any], device: torch.device) -> int:
-    """The baseline gets the batch size at which it is fastest."""
-    run(16)
-    return min((16, 32, 64), key=lambda size: min(seconds_of(lambda: run(size), device) for _ in range(2)))
-
-
 @torch.inference_mode()
-def benchmark_rerank(device: torch.device, num_pairs: int, rounds: int) -> dict[str, Any]:
+def benchmark_rerank(device: torch.device, num_pairs: int, rounds: int, baseline_batch: int) -> dict[str, Any]:
     """Run all contestants alternately; the section of the record."""
     torch.manual_seed(0)
     encoder = JointEncoder(EncoderConfig(), cls_id=CLS_ID, sep_id=SEP_ID).eval().to(device)
@@ -156,11 +152,10 @@ def benchmark_rerank(device: torch.device, num_pairs: int, rounds: int) -> dict[
         for order in ("arrival order", "sorted") if kind == "varied lengths" else ("",):
             name = ", ".join(filter(None, ["BertModel float32", kind, order]))
 
-            def run(size: int, pairs: Pairs = pairs, order: str = order) -> Tensor:
-                return baseline.by_batches(pairs, size, order == "sorted")
+            def run(pairs: Pairs = pairs, order: str = order) -> Tensor:
+                return baseline.by_batches(pairs, baseline_batch, order == "sorted")
 
-            batches[name] = best_batch(run, device)
-            contestants[name] = lambda run=run, size=batches[name]: run(size)
+            batches[name], contestants[name] = baseline_batch, run
         for dtype, form in ours.items():
             name = f"ours {str(dtype).removeprefix('torch.')}, {kind}"
             batches[name] = OUR_BATCH
