@@ -224,12 +224,11 @@ def _reading_guide(summary: dict[str, Any]) -> str:
 
 def write_teaser(path: str | Path, summary: dict[str, Any], results: Results, dataset: CaptionDataset) -> None:
     """The text-to-image query that reranking helped most, as a PNG for a README."""
-    column = best_column(summary)
-    examples = pick_examples(results.t2i, column, helped=True, count=1)
+    examples = pick_examples(results.t2i, best_column(summary), helped=True, count=1)
     if not examples:
         raise UserError("no text-to-image query was helped, so there is nothing to show; evaluate another checkpoint")
     buffer = io.BytesIO()
-    draw_teaser(results.t2i, dataset, column, examples[0]).save(buffer, "png", optimize=True)
+    draw_teaser(dataset, examples[0]).save(buffer, "png", optimize=True)
     write_atomically(Path(path), buffer.getvalue())
 
 

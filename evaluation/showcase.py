@@ -83,7 +83,7 @@ def thumbnail_uri(path: Path) -> str:
     return f"data:image/{form};base64,{base64.b64encode(encoded[form]).decode()}"
 
 
-def draw_teaser(direction: DirectionResults, dataset: CaptionDataset, column: str, example: Example) -> Image.Image:
+def draw_teaser(dataset: CaptionDataset, example: Example) -> Image.Image:
     """A text-to-image query with its first five images before and after reranking, the right one framed: a picture
     of 1,200 x 640 pixels for a README."""
     sheet = Image.new("RGB", (1200, 640), "white")
