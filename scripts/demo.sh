@@ -1,34 +1,33 @@
 #!/usr/bin/env bash
 # From a bare checkout to a trained reranker and its report, on two CPU cores: data, embedder, stored tokens, training,
 # evaluation. A second start skips what is done, and a killed one continues. Results: runs/demo/results.json, report.html.
-#   bash scripts/demo.sh                        the committed embedder, seed 0
-#   bash scripts/demo.sh --train-embedder       trains the embedder first (configs/embedders/scenes.yaml)
-#   OUT=runs/demo1 bash scripts/demo.sh seed=1  another seed; key=value overrides go to train.py
+#   bash scripts/demo.sh                            the committed embedder, seed 0
+#   bash scripts/demo.sh --train-embedder           trains the embedder first (configs/embedders/scenes.yaml)
+#   OUT=runs/demo_seed1 bash scripts/demo.sh seed=1 another seed on the same data; key=value overrides go to train.py
+# SHARED is the folder of data, embedder and stored tokens; SCENES, options of data.scenes (a smaller set).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install requirements.txt
-python=.venv/bin/python
-out=${OUT:-runs/demo} scenes=runs/demo/scenes
-embedder=configs/embedders/scenes-vit
-overrides=()
+shared=${SHARED:-runs/demo} out=${OUT:-runs/demo}
+scenes=$shared/scenes embedder=configs/embedders/scenes-vit overrides=()
 for argument in "$@"; do
-    if [ "$argument" = --train-embedder ]; then embedder=runs/demo/embedder; else overrides+=("$argument"); fi
+    if [ "$argument" = --train-embedder ]; then embedder=$shared/embedder; else overrides+=("$argument"); fi
 done
-tokens=runs/demo/tokens-$(basename "$embedder")
+tokens=$shared/tokens-$(basename "$embedder")
 
 echo "== 1/5 data: rendered scenes with five captions each"
-$python -m data.scenes --out "$scenes"
-if [ "$embedder" = runs/demo/embedder ]; then
+"$python" -m data.scenes --out "$scenes" ${SCENES:-}
+if [ "$embedder" = "$shared/embedder" ]; then
     echo "== 2/5 embedder: contrastive training until validation recall stops rising"
-    $python scripts/train_embedder.py --config configs/embedders/scenes.yaml \
+    "$python" scripts/train_embedder.py --config configs/embedders/scenes.yaml \
         --annotations "$scenes/dataset_scenes.json" --root "$scenes" --out "$embedder"
 else
     echo "== 2/5 embedder: $embedder (trained by scripts/train_embedder.py, see its TRAINING.json)"
 fi
 echo "== 3/5 patch tokens and caption embeddings, computed once"
-$python scripts/precompute_tokens.py --backbone-pretrained "$embedder" --batch-size 128 \
+"$python" scripts/precompute_tokens.py --backbone-pretrained "$embedder" --batch-size 128 \
     --images "$scenes/dataset_scenes.json" --out "$tokens/images" --captions "$tokens/captions"
 echo "== 4/5 training"
-$python train.py --config configs/demo.yaml output="$out" backbone.pretrained="$embedder" data.root="$scenes" \
+"$python" train.py --config configs/demo.yaml output="$out" backbone.pretrained="$embedder" data.root="$scenes" \
     data.store="$tokens/images" data.caption_store="$tokens/captions" "${overrides[@]}"
 echo "== 5/5 evaluation on the test scenes, both directions"
-$python evaluation/evaluate_retrieval.py --checkpoint "$out" --out "$out"
+"$python" evaluation/evaluate_retrieval.py --checkpoint "$out" --out "$out"

@@ -1,16 +1,18 @@
-# Sourced by demo.sh and test.sh: a virtual environment in .venv with the given requirement files. A second start finds
-# it complete and installs nothing. PYTHON names the interpreter (default python3, 3.11 or newer).
+# Sourced by the other scripts: a virtual environment in .venv with the given requirement files, $python its interpreter.
+# A second start finds it complete and installs nothing. PYTHON names the interpreter to make it with (default python3,
+# 3.11 or newer); with EDJE_PYTHON set, that interpreter is used as it is and nothing is installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${EDJE_PYTHON:-.venv/bin/python}
 
 install() {
-    local wanted stamp=.venv/installed.sha256
+    local wanted stamp=.venv/installed.sha256 file arguments=()
+    if [ -n "${EDJE_PYTHON:-}" ]; then return; fi
     wanted=$(cat "$@" | sha256sum)
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then return; fi
-    [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+    if [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; then return; fi
+    [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
     echo "Installing $* into .venv (torch is large: some minutes on the first start) ..."
-    local file arguments=()
     for file in "$@"; do arguments+=(-r "$file"); done
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
-    echo "$wanted" > "$stamp"
+    "$python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
+    echo "$wanted" >> "$stamp"
 }

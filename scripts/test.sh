@@ -4,4 +4,4 @@
 #   bash scripts/test.sh tests/models -x      some of them
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install requirements.txt requirements-dev.txt
-exec .venv/bin/python -m pytest "$@"
+exec "$python" -m pytest "$@"

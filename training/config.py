@@ -123,12 +123,17 @@ class ObjectivesConfig:
     itc: float = 0.0
     """Image-text contrast between a vision-only and a text-only pass."""
     align_steps: int = 0
-    """First steps on image-text contrast alone, at weight 1: an alignment stage where ITM by itself stays at chance."""
+    """First steps without ITM and distillation: an alignment stage, by contrast and MLM, where ITM stays at chance."""
     distillation: float = 0.0
     teacher: str = ""
     """Checkpoint of the local model whose logits are distilled; goes with a distillation weight above 0."""
 
     def __post_init__(self):
+        if self.align_steps and not (self.itc or self.mlm or self.text_recovery):
+            raise UserError(
+                f"objectives.align_steps is {self.align_steps}, but itc, mlm and text_recovery are all 0: "
+                "nothing would be trained in these steps"
+            )
         if bool(self.teacher) != (self.distillation > 0):
             raise UserError(
                 f"objectives.distillation is {self.distillation} and objectives.teacher {self.teacher!r}; "

@@ -139,7 +139,7 @@ class StepInputs:
     random_share: float
     """Share of random negatives at this step of the curriculum."""
     aligning: bool = False
-    """In the alignment stage, which trains image-text contrast alone."""
+    """In the alignment stage, which leaves match logits, their negatives and their distillation out."""
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,10 @@ class Objectives:
         self.config, self.negatives, self.seed, self.ranks, self.teacher = config, negatives, seed, ranks, teacher
 
     def __call__(self, model: EDJE, inputs: StepInputs) -> StepLosses:
-        """Every loss whose weight is not 0; in the alignment stage image-text contrast alone."""
+        """Every loss whose weight is not 0; in the alignment stage without those of match logits."""
         tokens = model.compress(inputs.patch_tokens)
-        if inputs.aligning:
-            contrast = self._itc(model, inputs, model.text_cls(inputs.captions), model.image_cls(tokens))
-            return StepLosses({"itc": contrast}, contrast)
         losses, stats = {}, {}
-        if self.config.itm or self.config.distillation:
+        if (self.config.itm or self.config.distillation) and not inputs.aligning:
             losses, stats = self._match_losses(model, inputs, tokens)
         if self.config.mlm:
             losses["mlm"] = self._mlm(model, inputs, tokens)
