@@ -1,6 +1,6 @@
 """Measure speed and write a record: command, commit, machine, versions, and every number with its spread.
 
-python scripts/benchmark.py --out benchmarks/rerank_cpu.json --only rerank       about 3 minutes on 2 cores
+python scripts/benchmark.py --out benchmarks/rerank_cpu.json --only rerank       minutes on 2 cores
 python scripts/benchmark.py --device cuda --out benchmarks/h100.json --pairs 4096
 python scripts/benchmark.py --table benchmarks/rerank_cpu.json                   the README's table from a record
 """
@@ -23,8 +23,9 @@ from models.errors import UserError, run_entry_point  # noqa: E402
 from models.ranks import pick_device  # noqa: E402
 from scripts.benchmark_timing import environment  # noqa: E402
 from scripts.rerank_benchmark import BASELINE_BATCH, benchmark_rerank  # noqa: E402
+from scripts.train_benchmark import benchmark_train  # noqa: E402
 
-SECTIONS = ("rerank",)
+SECTIONS = ("rerank", "train")
 
 
 def main() -> None:
@@ -52,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--baseline-batch", type=int, default=BASELINE_BATCH, help="padded batch of BertModel (default %(default)s)"
     )
+    parser.add_argument("--train-batch", type=int, default=32, help="pairs a training step (default %(default)s)")
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="print a record as Markdown; measures nothing")
     arguments = parser.parse_args()
     if arguments.rounds < 2 or arguments.pairs < 1 or arguments.baseline_batch < 1:
@@ -61,7 +63,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_section(name: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
     """One section of the record."""
-    assert name == "rerank", name
+    if name == "train":
+        return benchmark_train(device, arguments.rounds, arguments.train_batch)
     return benchmark_rerank(device, arguments.pairs, arguments.rounds, arguments.baseline_batch)
 
 
@@ -90,6 +93,8 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [f"{record['device']}, {record['threads']} threads; {versions}; {record['date']}", ""]
     if "rerank" in record:
         lines += rerank_table(record["rerank"])
+    if "train" in record:
+        lines += ["", *train_table(record["train"])]
     return "\n".join(lines)
 
 
@@ -105,6 +110,12 @@ def rerank_table(section: dict[str, Any]) -> list[str]:
     for row in section["ratios"]:
         lines.append(f"| {row['name']} | {row['reached']['median']:.2f} | {row['target']} |")
     return lines
+
+
+def train_table(section: dict[str, Any]) -> list[str]:
+    lines = [f"| training, {section['backbone']}, {section['batch_size']} pairs a step | steps/s |", "|---|---|"]
+    lines += [f"| {name} | {rate['median']:.2f} |" for name, rate in section["steps_per_second"].items()]
+    return [*lines, f"| times as fast | {section['ratio']['median']:.1f} |"]
 
 
 if __name__ == "__main__":

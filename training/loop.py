@@ -129,7 +129,7 @@ class Run:
         for old in sorted(self.checkpoints.glob("step-*"))[: -self.config.training.keep_checkpoints]:
             shutil.rmtree(old)
 
-    def update(self, scheduled_epoch_steps: float) -> float:
+    def update(self, steps_per_epoch: float) -> float:
         """One optimizer step on the accumulated gradients; returns their global norm before clipping.
 
         Raises UserError before anything moves if the norm is not finite."""
@@ -140,7 +140,7 @@ class Run:
         if not math.isfinite(norm):
             raise UserError(f"step {self.step}: the gradient norm is {norm}; lower training.lr or use float32")
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(training, group["peak"], self.step, scheduled_epoch_steps)
+            group["lr"] = learning_rate(training, group["peak"], self.step, steps_per_epoch)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -163,14 +163,11 @@ def train(
     if ranks.is_main:
         save_config(config, Path(config.output) / "config.yaml")
         run_log.announce(_describe(run, batches, features))
-    reader = _StepReader(run, batches, features, keys)
+    reader = StepReader(run, batches, features, keys)
     steps_per_epoch = len(batches.plan.dataset) / training.batch_size
     with tqdm(total=training.steps, initial=run.step, unit="step", disable=not ranks.is_main, mininterval=2) as bar:
         while run.step < training.steps:
-            torch.manual_seed(_dropout_seed(config.seed, run.step, ranks.rank))
-            run.model.train()
-            losses = [_backward(run, reader.next(), objectives) for _ in range(training.accumulation)]
-            norm = run.update(steps_per_epoch)
+            losses, norm = optimizer_step(run, reader, objectives, steps_per_epoch)
             run_log.add(losses, norm, run.optimizer.param_groups[0]["lr"], reader.seconds_waited)
             bar.update()
             is_last = run.step == training.steps
@@ -181,6 +178,16 @@ def train(
             if run.step % training.checkpoint_every == 0 or is_last:
                 run.save()
     run_log.close(list(run.unreadable))
+
+
+def optimizer_step(
+    run: Run, reader: StepReader, objectives: Objectives, steps_per_epoch: float
+) -> tuple[list[StepLosses], float]:
+    """Losses and gradients of the step's micro-batches, then one update; returns losses and gradient norm."""
+    torch.manual_seed(_dropout_seed(run.config.seed, run.step, run.ranks.rank))
+    run.model.train()
+    losses = [_backward(run, reader.next(), objectives) for _ in range(run.config.training.accumulation)]
+    return losses, run.update(steps_per_epoch)
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -209,7 +216,7 @@ def _autocast(run: Run):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-class _StepReader:
+class StepReader:
     """Turns what the data loader read into a step's inputs, in order from the run's position on."""
 
     def __init__(self, run: Run, batches: TrainingBatches, features: Features, keys: CaptionKeys):
