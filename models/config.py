@@ -105,8 +105,9 @@ class EDJEConfig:
     max_caption_tokens: int = 64
     """[CLS], word pieces and [SEP]s: a joint input holds at most this many tokens beside the vision tokens, so 61
     word pieces; a text-only input 62. Captions are cut, never vision tokens. Published: 64."""
-    residual_similarity: bool = False
-    """match logit = similarity_weight * first-stage cosine + head (the head starts at zero). Off in the paper."""
+    residual_similarity: float = 0.0
+    """match logit = weight * first-stage cosine + head, the head starting at zero and the weight, learned too, at this
+    value: the embedder's logit scale, e.g. 100 for CLIP. 0: the head alone, as in the paper."""
     fusion_lambda: float | None = None
     """fused score = match logit + fusion_lambda * cosine; chosen on a validation split, None until one was seen."""
 

@@ -60,7 +60,8 @@ class EDJE(nn.Module):
         self.text_projection = nn.Linear(width, config.dims.embedding_width)
         # CLIP's initial temperature, 1/0.07; used by the image-text contrast objective alone.
         self.itc_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.similarity_weight = nn.Parameter(torch.tensor(1.0))
+        # A logarithm, so that one learning rate suits any scale.
+        self.similarity_log_weight = nn.Parameter(torch.tensor(math.log(config.residual_similarity or 1.0)))
         if config.residual_similarity:
             # Training starts at the embedding's own ranking.
             nn.init.zeros_(self.match_head.out.weight)
@@ -107,7 +108,7 @@ class EDJE(nn.Module):
             return logits
         if similarities is None:
             raise UserError("this model adds the first-stage similarity to its logit; pass `similarities` [Q]")
-        return logits + self.similarity_weight.float() * similarities.float()
+        return logits + self.similarity_log_weight.float().exp() * similarities.float()
 
     @torch.inference_mode()
     def score(self, captions: list[str], tokens: Tensor, similarities: Tensor | None = None) -> Tensor:

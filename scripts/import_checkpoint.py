@@ -22,7 +22,7 @@ from models.edje import EDJE
 from models.errors import run_entry_point
 from models.published import read_published
 
-OURS_ALONE = ("itc_logit_scale", "similarity_weight")
+OURS_ALONE = ("itc_logit_scale", "similarity_log_weight")
 """Parameters that the published model lacks; no published objective or logit uses them."""
 
 

@@ -36,8 +36,10 @@ class ModelConfig:
     """With init_from: take its adapter too. False where the adapter is another one, e.g. compressed from local."""
     max_caption_tokens: int = 64
     """Tokens of a joint input beside the vision tokens. Published: 64."""
-    residual_similarity: bool = False
-    """match logit = w * first-stage cosine + head, the head starting at zero. Off in the paper."""
+    residual_similarity: float = 0.0
+    """match logit = w * first-stage cosine + head, the head starting at zero and w at this value (the embedder's logit
+    scale, e.g. 100 for CLIP): training starts at the embedding's ranking. 0, the paper's: the head alone. Worth it only
+    where the similarities on training images are no better than on others."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ def test_first_stage_of_a_small_gallery_returns_all_of_it():
     assert pools.ids.tolist() == [[0, 1, 2], [1, 0, 2], [2, 0, 1]]
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("residual", [0.0, 2.0])
 def test_reranked_logits_are_those_of_one_pair_at_a_time(backbone, tokenizer, dataset, residual):
     model = make_model(backbone, tokenizer, residual_similarity=residual)
     torch.nn.init.normal_(model.match_head.out.weight)

@@ -25,7 +25,7 @@ def files(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("reranker")
     backbone = Backbone.load(write_backbone(root / "backbone"), precision="float32")
     make_model(backbone, root / "vocab.txt").save_pretrained(root / "checkpoint")
-    make_model(backbone, root / "vocab.txt", residual_similarity=True).save_pretrained(root / "residual")
+    make_model(backbone, root / "vocab.txt", residual_similarity=3.0).save_pretrained(root / "residual")
     write_images(root / "images", 9)
     return root
 

@@ -37,7 +37,7 @@ def tokenizer(tmp_path_factory):
     return CaptionTokenizer.from_pretrained(path)
 
 
-def build(tokenizer, kind="compression", residual=False) -> EDJE:
+def build(tokenizer, kind="compression", residual=0.0) -> EDJE:
     torch.manual_seed(0)
     encoder = EncoderConfig(
         vocab_size=tokenizer.vocab_size,
@@ -141,8 +141,8 @@ def test_gradients_reach_adapter_encoder_and_every_head(tokenizer, kind):
     losses = Objectives(ALL, NegativesConfig(), 0, Ranks())(model, make_inputs(tokenizer))
     assert set(losses.losses) == {"itm", "mlm", "text_recovery", "itc"}
     losses.total.backward()
-    # Biases of keys and of the logit cancel in a softmax; similarity_weight is for the residual form.
-    unreached = ("similarity_weight", "key.bias", "match_head.out.bias")
+    # Biases of keys and of the logit cancel in a softmax; similarity_log_weight is for the residual form.
+    unreached = ("similarity_log_weight", "key.bias", "match_head.out.bias")
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert all(name.endswith(unreached) for name in without), without
 
@@ -183,13 +183,13 @@ def test_the_mask_of_a_row_does_not_depend_on_the_rest_of_the_batch(tokenizer):
 
 
 def test_a_residual_model_starts_at_the_embeddings_ranking(tokenizer):
-    model = build(tokenizer, residual=True)
+    model = build(tokenizer, residual=2.0)
     inputs = make_inputs(tokenizer)
     tokens = model.compress(inputs.patch_tokens)
     similarities = torch.randn(6)
     index = torch.arange(6)
     logits = model.match_logits(inputs.captions, tokens, index, index, similarities)
-    torch.testing.assert_close(logits, similarities)
+    torch.testing.assert_close(logits, 2 * similarities)
 
 
 def test_a_teacher_that_is_the_student_gives_the_entropy_of_its_own_logits(tokenizer):
