@@ -23,9 +23,10 @@ from models.config import BackboneConfig
 from models.indexing import precompute, precompute_captions
 from models.ranks import Ranks
 from training.config import RunConfig, load_config
-from training.loop import Run, StepReader, build_optimizer, optimizer_step
+from training.loop import Run, build_optimizer, optimizer_step
 from training.objectives import Objectives
 from training.setup import build_batches, build_model, load_split, open_features
+from training.step_reader import StepReader
 
 from .benchmark_timing import ROOT, alternate, ratio, spread
 
@@ -91,6 +92,7 @@ def _stepper(config: RunConfig, ranks: Ranks):
     model = build_model(config, features, dataset, ranks).to(ranks.device)
     keys = CaptionKeys(dataset)
     run = Run(config, model, build_optimizer(model, config.training), ranks)
-    reader = StepReader(run, build_batches(config, features, dataset, keys, ranks), features, keys)
+    batches = build_batches(config, features, dataset, keys, ranks)
+    reader = StepReader(config, model.tokenizer, batches, features, keys, ranks)
     objectives = Objectives(config.objectives, config.negatives, config.seed, ranks)
     return lambda: optimizer_step(run, reader, objectives, len(dataset) / config.training.batch_size)

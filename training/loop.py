@@ -10,17 +10,14 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import Batch, TrainingBatches
+from data.batches import TrainingBatches
 from data.caption_datasets import CaptionDataset
 from data.neighbours import CaptionKeys
 from evaluation.results import choose_lambda
@@ -32,11 +29,12 @@ from models.precision import fastest_dtype
 from models.ranks import Ranks
 
 from .config import RunConfig, TrainingConfig, save_config
-from .distributed import average_gradients, broadcast_parameters, gather, global_sum
+from .distributed import average_gradients, broadcast_parameters, global_sum
 from .objectives import Objectives, StepInputs, StepLosses
 from .run_log import RunLog
 from .schedule import learning_rate
 from .setup import Features
+from .step_reader import StepReader
 
 log = logging.getLogger("edje")
 STATE_FILE = "training_state.pt"
@@ -163,7 +161,7 @@ def train(
     if ranks.is_main:
         save_config(config, Path(config.output) / "config.yaml")
         run_log.announce(_describe(run, batches, features))
-    reader = StepReader(run, batches, features, keys)
+    reader = StepReader(config, run.model.tokenizer, batches, features, keys, ranks, run.step)
     steps_per_epoch = len(batches.plan.dataset) / training.batch_size
     with tqdm(total=training.steps, initial=run.step, unit="step", disable=not ranks.is_main, mininterval=2) as bar:
         while run.step < training.steps:
@@ -175,6 +173,7 @@ def train(
                 bar.set_postfix_str(run_log.write(run.step, training.batch_size))
             if validation and (is_last or (training.evaluate_every and run.step % training.evaluate_every == 0)):
                 _validate(run, features, validation, run_log)
+            run.unreadable.update(reader.unreadable)
             if run.step % training.checkpoint_every == 0 or is_last:
                 run.save()
     run_log.close(list(run.unreadable))
@@ -214,59 +213,6 @@ def _autocast(run: Run):
     precision, device = run.config.training.precision, run.ranks.device
     dtype = fastest_dtype(device) if precision == "auto" else getattr(torch, precision)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
-
-
-class StepReader:
-    """Turns what the data loader read into a step's inputs, in order from the run's position on."""
-
-    def __init__(self, run: Run, batches: TrainingBatches, features: Features, keys: CaptionKeys):
-        self.run, self.batches, self.features, self.keys = run, batches, features, keys
-        accumulation = run.config.training.accumulation
-        first, last = run.step * accumulation, run.config.training.steps * accumulation
-        self.stream: Iterator[Batch] = batches.read(first, last, run.config.data.num_workers)
-        self.images_read, self.images_failed = 0, 0
-        self.seconds_waited = 0.0
-
-    def next(self) -> StepInputs:
-        start = time.perf_counter()
-        batch = next(self.stream)
-        self.seconds_waited += time.perf_counter() - start
-        self._count_unreadable(batch)
-        device, ranks = self.run.ranks.device, self.run.ranks
-        raw = [self.batches.plan.dataset.captions[c] for c in batch.captions]
-        patches, images, texts = self._features(batch, raw)
-        captions, image_numbers = gather(batch.captions.to(device), ranks), gather(batch.images.to(device), ranks)
-        negatives = self.run.config.negatives
-        return StepInputs(
-            rows=batch.rows,
-            patch_tokens=patches.to(device),
-            image_embeddings=images.to(device),
-            text_embeddings=texts.to(device),
-            captions=self.run.model.tokenizer(raw).to(device),
-            excluded=self.keys.true_pairs(captions.cpu(), image_numbers.cpu()).to(device),
-            random_share=negatives.random_share(self.run.step),
-            aligning=self.run.step < self.run.config.objectives.align_steps,
-        )
-
-    def _features(self, batch: Batch, raw: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Patch tokens, image and text embeddings: stored ones, or one backbone pass that gives both of an image."""
-        if batch.pixels is None:
-            return batch.patch_tokens, batch.image_embeddings, batch.text_embeddings
-        backbone = self.features.backbone
-        images = backbone.encode_images(batch.pixels.to(backbone.device))
-        return images.patch_tokens, images.embedding, backbone.encode_texts(raw)
-
-    def _count_unreadable(self, batch: Batch) -> None:
-        self.images_read += len(batch.rows)
-        self.images_failed += len(batch.unreadable)
-        self.run.unreadable.update(dict.fromkeys(batch.unreadable))
-        limit = self.run.config.data.max_unreadable
-        # At least one failure is always tolerated: a share of the first few rows says nothing.
-        if self.images_failed > max(1, limit * self.images_read) and self.images_failed > 1:
-            raise UserError(
-                f"{self.images_failed} of {self.images_read} images could not be read, more than data.max_unreadable "
-                f"({limit:.0%}); the first: {next(iter(self.run.unreadable))}"
-            )
 
 
 def _validate(run: Run, features: Features, validation: CaptionDataset, run_log: RunLog) -> None:

@@ -15,10 +15,8 @@ from models.config import AdapterConfig, BackboneConfig, BackboneDims, EDJEConfi
 from models.edje import EDJE
 from models.ranks import Ranks
 from training.config import NegativesConfig, ObjectivesConfig
-from training.objectives import (
-    Objectives,
+from training.losses import (
     PairLogits,
-    StepInputs,
     contrastive_loss,
     distillation_loss,
     group_distillation_loss,
@@ -26,6 +24,7 @@ from training.objectives import (
     itm_loss,
     text_recovery_loss,
 )
+from training.objectives import Objectives, StepInputs
 
 CAPTIONS = ["a red ball", "two dogs on a couch", "a red ball left of a cube", "a cat", "a blue cube", "one dog"]
 

@@ -20,16 +20,8 @@ from models.ranks import Ranks
 from tests.parity.published_case import CASES, PARITY, PublishedCase, assert_close
 from training.config import NegativesConfig, ObjectivesConfig
 from training.hard_negatives import HardNegatives, mine_hard_negatives
-from training.objectives import (
-    Objectives,
-    PairLogits,
-    StepInputs,
-    distillation_loss,
-    itm_loss,
-    pair_logits,
-    similarities,
-    text_recovery_loss,
-)
+from training.losses import PairLogits, distillation_loss, itm_loss, similarities, text_recovery_loss
+from training.objectives import Objectives, StepInputs, pair_logits
 
 LOSSES = ("itm", "mlm", "recovery", "distil")
 

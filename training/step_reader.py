@@ -1,0 +1,85 @@
+"""Turns what the data loader read into a step's inputs: features, caption ids, and which pairs are no negatives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from data.batches import Batch, TrainingBatches
+from data.neighbours import CaptionKeys
+from models.captions import CaptionTokenizer
+from models.errors import UserError
+from models.ranks import Ranks
+
+from .config import RunConfig
+from .distributed import gather
+from .objectives import StepInputs
+from .setup import Features
+
+
+class StepReader:
+    """The inputs of each micro-batch from `first_step` on, in order."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: CaptionTokenizer,
+        batches: TrainingBatches,
+        features: Features,
+        keys: CaptionKeys,
+        ranks: Ranks,
+        first_step: int = 0,
+    ):
+        self.config, self.tokenizer, self.ranks = config, tokenizer, ranks
+        self.batches, self.features, self.keys = batches, features, keys
+        self.accumulation = config.training.accumulation
+        first, last = first_step * self.accumulation, config.training.steps * self.accumulation
+        self.stream: Iterator[Batch] = batches.read(first, last, config.data.num_workers)
+        self.unreadable: dict[str, None] = {}
+        """Images of this rank that could not be read, one line each."""
+        self.images_read, self.images_failed = 0, 0
+        self.seconds_waited = 0.0
+
+    def next(self) -> StepInputs:
+        """Waits for the next micro-batch. Raises UserError if too many images were unreadable so far."""
+        start = time.perf_counter()
+        batch = next(self.stream)
+        self.seconds_waited += time.perf_counter() - start
+        self._count_unreadable(batch)
+        device, ranks = self.ranks.device, self.ranks
+        raw = [self.batches.plan.dataset.captions[c] for c in batch.captions]
+        patches, images, texts = self._features(batch, raw)
+        captions, image_numbers = gather(batch.captions.to(device), ranks), gather(batch.images.to(device), ranks)
+        step = batch.number // self.accumulation
+        return StepInputs(
+            rows=batch.rows,
+            patch_tokens=patches.to(device),
+            image_embeddings=images.to(device),
+            text_embeddings=texts.to(device),
+            captions=self.tokenizer(raw).to(device),
+            excluded=self.keys.true_pairs(captions.cpu(), image_numbers.cpu()).to(device),
+            random_share=self.config.negatives.random_share(step),
+            aligning=step < self.config.objectives.align_steps,
+        )
+
+    def _features(self, batch: Batch, raw: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Patch tokens, image and text embeddings: stored ones, or one backbone pass that gives both of an image."""
+        if batch.pixels is None:
+            return batch.patch_tokens, batch.image_embeddings, batch.text_embeddings
+        backbone = self.features.backbone
+        images = backbone.encode_images(batch.pixels.to(backbone.device))
+        return images.patch_tokens, images.embedding, backbone.encode_texts(raw)
+
+    def _count_unreadable(self, batch: Batch) -> None:
+        self.images_read += len(batch.rows)
+        self.images_failed += len(batch.unreadable)
+        self.unreadable.update(dict.fromkeys(batch.unreadable))
+        limit = self.config.data.max_unreadable
+        # One failure is always tolerated: a share of the first few rows says nothing.
+        if self.images_failed > max(1, limit * self.images_read):
+            raise UserError(
+                f"{self.images_failed} of {self.images_read} images could not be read, more than data.max_unreadable "
+                f"({limit:.0%}); the first: {next(iter(self.unreadable))}"
+            )
