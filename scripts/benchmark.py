@@ -53,7 +53,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--baseline-batch", type=int, default=BASELINE_BATCH, help="padded batch of BertModel (default %(default)s)"
     )
-    parser.add_argument("--train-batch", type=int, default=32, help="pairs a training step (default %(default)s)")
+    parser.add_argument(
+        "--train-batch", type=int, default=48, help="pairs a training step, a multiple of 6 (default %(default)s)"
+    )
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="print a record as Markdown; measures nothing")
     arguments = parser.parse_args()
     if arguments.rounds < 2 or arguments.pairs < 1 or arguments.baseline_batch < 1:
