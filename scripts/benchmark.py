@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
+from models.checkpoint import replace_text  # noqa: E402
 from models.errors import UserError, run_entry_point  # noqa: E402
 from models.ranks import pick_device  # noqa: E402
 from scripts.benchmark_timing import environment  # noqa: E402
@@ -73,13 +73,7 @@ def run_section(name: str, device: torch.device, arguments: argparse.Namespace) 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Whole or not at all: a temporary file, then a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from data.caption_datasets import load_annotations
 from models.backbone import CONFIG_FILE, WEIGHTS_FILE, load_directory
 from models.captions import build_vocabulary
+from models.checkpoint import replace_text
 from models.config_io import from_dict
 from models.errors import UserError, run_entry_point
 from models.precision import fastest_dtype
@@ -215,9 +216,7 @@ def write_record(arguments: argparse.Namespace, progress: Progress, out: Path) -
         "python": platform.python_version(),
         "history": progress.history,
     }
-    temporary = out / f"{RECORD_FILE}.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, out / RECORD_FILE)
+    replace_text(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ its file and the nearest valid key. Sizes are global: a file means the same on 1
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from models.checkpoint import replace_text
 from models.config import AdapterConfig, BackboneConfig, EncoderConfig
 from models.config_io import from_dict, to_dict
 from models.errors import UserError
@@ -253,9 +253,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, atomically."""
-    temp = path.with_name(path.name + ".tmp")
-    temp.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    os.replace(temp, path)
+    replace_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

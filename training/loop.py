@@ -7,7 +7,6 @@ reseeded each step from (seed, step, rank), so a resumed run is the uninterrupte
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 from contextlib import nullcontext
@@ -36,7 +35,6 @@ from .schedule import learning_rate
 from .setup import Features
 from .step_reader import StepReader
 
-log = logging.getLogger("edje")
 STATE_FILE = "training_state.pt"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from evaluation.results import Results
+from models.checkpoint import replace_text
 from models.ranks import Ranks
 
 from .objectives import StepLosses
@@ -101,9 +101,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue  # the line that a kill cut short
-    temp = path.with_name(path.name + ".tmp")
-    temp.write_text("".join(kept))
-    os.replace(temp, path)
+    replace_text(path, "".join(kept))
 
 
 def _summary_writer(directory: Path, first_step: int):

@@ -89,8 +89,8 @@ def build_model(config: RunConfig, features: Features, dataset: CaptionDataset, 
     model = EDJE(replace(model_config, encoder=encoder), tokenizer)
     if weights:
         missing = model.encoder.load_bert(weights)
-        if missing and config.objectives.mlm:
-            log.info("%s has no %s: these start at random", weights, ", ".join(missing))
+        if missing and config.objectives.mlm and ranks.is_main:
+            log.warning("%s has no %s: these start at random", weights, ", ".join(missing))
     return model
 
 
