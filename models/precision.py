@@ -12,8 +12,12 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
-_ROWS, _WIDTH, _INNER = 1024, 384, 1536
-"""Rows of about 12 pairs through MiniLM's feed-forward part: 1.2 GFLOP, 3 ms at 400 GFLOP/s."""
+_WIDTH, _INNER = 384, 1536
+_FEW_ROWS, _ROWS = 128, 1024
+"""1024 rows, about 12 pairs, through MiniLM's feed-forward part: 1.2 GFLOP, 3 ms at 400 GFLOP/s. A CPU without any
+bfloat16 arithmetic was measured at 8 GFLOP/s: it fails on a few rows already, in a tenth of a second."""
+_HOPELESS = 2
+"""So many times as slow on a few rows, bfloat16 is not tried on many."""
 _REPETITIONS = 5
 _MARGIN = 1.25
 """Linear maps are half of the encoder's time in bfloat16; a smaller gain there could be a loss as a whole."""
@@ -22,7 +26,7 @@ _MARGIN = 1.25
 def fastest_dtype(device: torch.device | str) -> torch.dtype:
     """bfloat16 where it is really faster than float32, else float32.
 
-    CUDA: where the card supports it. CPU: by a probe of about 50 ms, once a process and number of threads."""
+    CUDA: where the card supports it. CPU: by a probe of about 0.1 s, once a process and number of threads."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
@@ -33,18 +37,23 @@ def fastest_dtype(device: torch.device | str) -> torch.dtype:
 
 @lru_cache
 def _probe_cpu(num_threads: int) -> torch.dtype:
-    """Alternates the two, so that other load on the machine hits both; compares the best of each."""
-    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    with torch.inference_mode():
-        operands = {dtype: _operands(dtype) for dtype in best}
-        for _ in range(_REPETITIONS + 1):  # the first round warms up: it is never the best
-            for dtype in best:
-                best[dtype] = min(best[dtype], _seconds(*operands[dtype]))
+    few = _best_seconds(_FEW_ROWS, repetitions=1)
+    if few[torch.bfloat16] > _HOPELESS * few[torch.float32]:
+        return torch.float32
+    best = _best_seconds(_ROWS, _REPETITIONS)
     return torch.bfloat16 if best[torch.bfloat16] * _MARGIN < best[torch.float32] else torch.float32
 
 
-def _operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    shapes = ((_ROWS, _WIDTH), (_INNER, _WIDTH), (_WIDTH, _INNER))
+@torch.inference_mode()
+def _best_seconds(rows: int, repetitions: int) -> dict[torch.dtype, float]:
+    """Alternates the two dtypes, so that other load on the machine hits both, and takes the best of each."""
+    operands = {dtype: _operands(dtype, rows) for dtype in (torch.float32, torch.bfloat16)}
+    rounds = [{dtype: _seconds(*operands[dtype]) for dtype in operands} for _ in range(repetitions + 1)]
+    return {dtype: min(seconds[dtype] for seconds in rounds) for dtype in operands}  # the first round warms up
+
+
+def _operands(dtype: torch.dtype, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shapes = ((rows, _WIDTH), (_INNER, _WIDTH), (_WIDTH, _INNER))
     return tuple(torch.full(shape, 0.01, dtype=dtype) for shape in shapes)
 
 
