@@ -7,16 +7,12 @@ are those of the published checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .config import AdapterConfig
 from .errors import UserError
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+from .linear import ACTIVATIONS
 
 
 class _MLP(nn.Module):
@@ -57,7 +53,7 @@ class TokenCompressionAdapter(nn.Module):
         self.layernorm = nn.LayerNorm(patch_width, eps=config.layer_norm_eps)
         self.mlp = _MLP(patch_width, config.mlp_width, patch_width, config.activation)
         self.projection = nn.Linear(patch_width, hidden_size)
-        nn.init.normal_(self.query, std=patch_width**-0.5)
+        nn.init.normal_(self.query, std=patch_width**-0.5 if config.query_std is None else config.query_std)
 
     def forward(self, patches_BPD: Tensor) -> Tensor:
         """Patch tokens after the tower's last norm, class token left out -> vision tokens [B, M, H]."""

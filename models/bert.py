@@ -63,9 +63,9 @@ class MaskedLanguageHead(nn.Module):
         return self.decoder(self.transform["LayerNorm"](self.activation(self.transform["dense"](hidden))))
 
 
-def initialise(module: nn.Module) -> None:
-    """BERT's initial weights, for `nn.Module.apply`: normal with deviation 0.02; norms keep 1 and 0."""
+def initialise(module: nn.Module, std: float) -> None:
+    """BERT's initial weights, for `nn.Module.apply`: normal with deviation `std`; norms keep 1 and 0."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)

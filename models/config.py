@@ -56,9 +56,12 @@ class AdapterConfig:
     num_heads: int = 16
     """Attention heads over Dv. The published code takes the vision tower's number."""
     activation: str = "gelu"
-    """gelu (exact, erf) or relu. The published code takes the language model's."""
+    """gelu (exact, erf), gelu_new (tanh) or relu. The published code takes the language model's."""
     layer_norm_eps: float = 1e-6
     """Epsilon of the adapter's LayerNorm. The published code takes the vision tower's."""
+    query_std: float | None = None
+    """Deviation of the queries' initial values, None: Dv ** -0.5. At about 4 (patch tokens have 1) each query looks at
+    patches of its own from the start, instead of all at the same average."""
 
     def __post_init__(self):
         if self.kind not in ("compression", "local"):
@@ -81,6 +84,9 @@ class EncoderConfig:
     max_positions: int = 512
     """Rows of the position table; extended by repeating its last row where captions and vision tokens outgrow it."""
     type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    """Deviation of random initial weights. BERT's 0.02 suits a width of 384 and more; a narrow encoder from scratch
+    needs about hidden_size ** -0.5, or its attention stays uniform for hundreds of steps."""
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
 

@@ -13,6 +13,7 @@ Q sequences, V vocabulary. Source: BERT (arXiv 1810.04805), EDJE (arXiv 2510.068
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -157,7 +158,7 @@ class JointEncoder(EncoderPass, nn.Module):
         self.bert = bert_parameters(config)
         word_embeddings = self.bert["embeddings"]["word_embeddings"]
         self.cls = nn.ModuleDict({"predictions": MaskedLanguageHead(config, word_embeddings)})
-        self.apply(initialise)
+        self.apply(partial(initialise, std=config.initializer_range))
 
     @property
     def word_table(self) -> Tensor:
@@ -217,9 +218,10 @@ class JointEncoder(EncoderPass, nn.Module):
 
     def _check_fits(self, name: str) -> None:
         source, grows = read_bert_config(name), ("vocab_size", "max_positions")
+        of_training = ("hidden_dropout", "attention_dropout", "initializer_range")
         for field in fields(EncoderConfig):
             theirs, ours = getattr(source, field.name), getattr(self.config, field.name)
-            if field.name.endswith("_dropout") or theirs == ours or (field.name in grows and theirs < ours):
+            if field.name in of_training or theirs == ours or (field.name in grows and theirs < ours):
                 continue
             least = "at least " if field.name in grows else ""
             raise UserError(f"{name}: its weights need encoder.{field.name} {least}{theirs}, configured is {ours}")
