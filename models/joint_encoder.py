@@ -12,6 +12,7 @@ Q sequences, V vocabulary. Source: BERT (arXiv 1810.04805), EDJE (arXiv 2510.068
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import fields, replace
 from functools import partial
 from typing import NamedTuple
@@ -62,7 +63,7 @@ class EncoderWeights(NamedTuple):
     layers: tuple[LayerWeights, ...]
 
 
-class EncoderPass:
+class EncoderPass(ABC):
     """The mathematics of both forms; a subclass says with which weights, and whether there is dropout."""
 
     config: EncoderConfig
@@ -70,13 +71,14 @@ class EncoderPass:
     training: bool
     dtype: torch.dtype
 
+    @abstractmethod
     def weights(self) -> EncoderWeights:
-        raise NotImplementedError
+        """What a pass computes with."""
 
     @property
+    @abstractmethod
     def word_table(self) -> Tensor:
         """[V, H]"""
-        raise NotImplementedError
 
     def pack_pairs(
         self, captions: CaptionIds, tokens: Tensor, caption_index: Tensor, image_index: Tensor
