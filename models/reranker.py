@@ -135,11 +135,14 @@ class Reranker:
         if any(not isinstance(caption, str) or not caption.strip() for caption in captions):
             raise UserError("a caption is empty or no text; give each image a caption to be scored with")
         tokens, embeddings = self._vision(images, store or self.store)
+        # Each distinct pair once: in another row of a batch the same pair may round otherwise, and equals must tie.
+        distinct, place = torch.unique(caption_index * len(images) + image_index, return_inverse=True)
+        caption_index, image_index = distinct // len(images), distinct % len(images)
         similarities = None
         if self.model.config.residual_similarity:
             texts = self.backbone.encode_texts(captions).to(self.model.device)
             similarities = (texts[caption_index] * embeddings[image_index]).sum(-1)
-        return self._match_logits(captions, tokens, caption_index, image_index, similarities).cpu().numpy()
+        return self._match_logits(captions, tokens, caption_index, image_index, similarities).cpu()[place].numpy()
 
     def _match_logits(
         self,
