@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import pickle
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -172,15 +173,28 @@ class Backbone(nn.Module):
 
 
 def _maps_to_tokens(maps: list[Tensor], grid: int) -> Tensor:
-    """Stage maps -> [B, grid*grid, sum of channels]: resampled to one grid, each stage normalised over its channels.
+    """Stage maps -> [B, grid*grid, sum of channels + 16]: resampled to one grid, each stage normalised by itself.
 
-    The norm stands in for the final norm of a ViT: stages differ in scale by an order of magnitude."""
+    The norm stands in for the final norm of a ViT: stages differ in scale by an order of magnitude. The last channels
+    say where on the grid a token stands, as a ViT's position embeddings do and a convolution's map does not."""
     tokens = []
     for stage in maps:
         stage = F.interpolate(stage.float(), size=(grid, grid), mode="bilinear", antialias=True, align_corners=False)
         rows = stage.flatten(2).transpose(1, 2)  # [B, grid*grid, channels]
         tokens.append(F.layer_norm(rows, rows.shape[-1:]))
+    tokens.append(_grid_positions(grid, maps[0].device).expand(len(maps[0]), -1, -1))
     return torch.cat(tokens, dim=-1)
+
+
+def _grid_positions(grid: int, device: torch.device) -> Tensor:
+    """[grid*grid, 16]: sine and cosine of the row and of the column at four frequencies, of unit variance.
+
+    Source: DETR (arXiv 2005.12872), which adds such codes to a convolutional map."""
+    place = (torch.arange(grid, device=device) + 0.5) / grid
+    angles = place.unsqueeze(1) * math.pi * torch.tensor([0.5, 1, 2, 4], device=device)
+    codes = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, 8]
+    rows, columns = codes.unsqueeze(1).expand(-1, grid, -1), codes.unsqueeze(0).expand(grid, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 def load_directory(directory: Path, load_weights: bool = True) -> nn.Module:
@@ -271,7 +285,9 @@ def _fingerprint(config: BackboneConfig, clip: nn.Module, weights: str) -> str:
     """Short text that differs wherever tokens or embeddings would: model, weights, preprocessing, token options."""
     look = deepcopy(clip.visual.preprocess_cfg)
     look["size"] = list(open_clip.utils.to_2tuple(look["size"]))
-    tokens = f" stages {list(config.token_stages)} grid {config.token_grid}" if config.token_stages else ""
+    tokens = (
+        f" stages {list(config.token_stages)} grid {config.token_grid} with positions" if config.token_stages else ""
+    )
     preprocessing = hashlib.sha256(json.dumps(look, sort_keys=True).encode()).hexdigest()[:8]
     return f"{config.name or 'open_clip'}/{weights} {look['size'][0]}px-{preprocessing}{tokens}"
 

@@ -25,7 +25,7 @@ TEXT = {"context_length": 12, "vocab_size": 30, "width": 32, "heads": 2, "layers
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a red blue ball box left of".split()]
 CAPTIONS = ["a red ball", "blue box left of a red ball", "ball"]
 CNN_TOKENS = {"token_stages": (2, 3), "token_grid": 6}
-"""Maps of 8x8x32 and 4x4x48."""
+"""Maps of 8x8x32 and 4x4x48; 16 channels of position."""
 
 
 def write_directory(directory, vision, text=None, seed=0, **model):
@@ -60,7 +60,7 @@ def vit(tmp_path_factory):
         (VIT, {}, (16, 32)),
         (ATTENTION_POOLED, {}, (100, 96)),
         (CLASS_TOKEN, {}, (100, 64)),
-        (CNN, CNN_TOKENS, (36, 80)),
+        (CNN, CNN_TOKENS, (36, 96)),
     ],
     ids=["vit", "timm-attention-pooled", "timm-class-token", "cnn"],
 )
@@ -74,6 +74,15 @@ def test_one_pass_gives_tokens_and_the_embedding_of_encode_image(tmp_path, visio
     torch.testing.assert_close(features.embedding, F.normalize(backbone.clip.encode_image(pixels), dim=-1))
     assert features.patch_tokens.shape[1:] == shape == (backbone.dims.num_patches, backbone.dims.patch_width)
     assert features.embedding.shape == (3, backbone.dims.embedding_width)
+
+
+def test_tokens_of_a_convolutional_tower_say_where_they_stand(tmp_path):
+    backbone = load(write_directory(tmp_path / "model", CNN, custom_text=True), **CNN_TOKENS)
+    places = backbone.encode_images(torch.randn(2, 3, 64, 64)).patch_tokens[..., -16:]
+    assert torch.equal(places[0], places[1])
+    rows, columns = places[0].view(6, 6, 2, 8).unbind(2)
+    assert torch.equal(rows, rows[:, :1].expand_as(rows)) and torch.equal(columns, columns[:1].expand_as(columns))
+    assert len({tuple(place.tolist()) for place in places[0]}) == 36
 
 
 def test_vit_tokens_are_the_last_layer_after_the_final_norm_without_class_token(vit):
