@@ -1,7 +1,7 @@
 """Linear maps of the joint encoder, alone or fused with what follows them: activation, or the residual sum.
 
-`Linear` is plain torch: any device, autograd, autocast. `FusedLinear` is oneDNN's on CPUs: the weight lies in
-oneDNN's blocked layout, and bias, activation and residual are added while the product is still in cache. On a CPU
+`Linear` is plain torch: any device, autograd, autocast. `FusedLinear` is oneDNN's on CPUs with AVX-512: the weight
+lies in oneDNN's blocked layout, and bias, activation and residual are added while the product is still in cache. On a CPU
 with AMX these passes over memory cost more in bfloat16 than the bias-free product itself (measured, MiniLM's
 feed-forward part, one thread: 29 -> 19 ms). The operators are those that torch.compile emits for CPUs; they have
 no public name, so where a build lacks them `fuse` keeps the plain form.
@@ -70,6 +70,10 @@ def fuse(linear: Linear) -> Linear:
 def _has_fused_form(device: torch.device, dtype: torch.dtype) -> bool:
     operators = torch.ops.mkldnn
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        # By instruction set, not by a probe: every process must choose alike, or rankings would differ by rounding.
+        # With AVX2 alone (an AMD EPYC, two cores) a layer's five maps took 61 ms fused and 52 ms plain.
         return False
     if not (hasattr(operators, "_linear_pointwise") and hasattr(operators, "_reorder_linear_weight")):
         return False
