@@ -1,8 +1,8 @@
 """Linear maps of the joint encoder, alone or fused with what follows them: activation, or the residual sum.
 
 `Linear` is plain torch: any device, autograd, autocast. `FusedLinear` is oneDNN's on CPUs with AVX-512: the weight
-lies in oneDNN's blocked layout, and bias, activation and residual are added while the product is still in cache. On a CPU
-with AMX these passes over memory cost more in bfloat16 than the bias-free product itself (measured, MiniLM's
+lies in oneDNN's blocked layout, and bias, activation and residual are added while the product is still in cache. On
+a CPU with AMX these passes over memory cost more in bfloat16 than the bias-free product itself (measured, MiniLM's
 feed-forward part, one thread: 29 -> 19 ms). The operators are those that torch.compile emits for CPUs; they have
 no public name, so where a build lacks them `fuse` keeps the plain form.
 """
