@@ -204,6 +204,8 @@ def test_the_fingerprint_changes_with_the_adapter_and_with_nothing_else(model):
     assert adapter_fingerprint(config, {k: v for k, v in state.items() if k.startswith("adapter.")}) == fingerprint
     assert adapter_fingerprint(config, state | {"match_head.out.bias": torch.ones(1)}) == fingerprint
     assert adapter_fingerprint(replace(config, fusion_lambda=1.0), state) == fingerprint
+    started_otherwise = replace(config, adapter=replace(config.adapter, query_std=4.0))
+    assert adapter_fingerprint(started_otherwise, state) == fingerprint
     nudged = state["adapter.query"].clone()
     nudged[0, 1, 3] += 1e-6
     assert adapter_fingerprint(config, state | {"adapter.query": nudged}) != fingerprint
