@@ -5,6 +5,7 @@ Shapes throughout: B images, P patch tokens, Dv patch width, De embedding width,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .errors import UserError
@@ -68,6 +69,8 @@ class AdapterConfig:
             raise UserError(f"adapter.kind is {self.kind!r}; expected 'compression' or 'local'")
         if self.num_tokens < 1:
             raise UserError(f"adapter.num_tokens is {self.num_tokens}; it must be at least 1")
+        if self.query_std is not None and not 0 < self.query_std < math.inf:
+            raise UserError(f"adapter.query_std is {self.query_std}; it must be above 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,8 @@ class EncoderConfig:
                 f"encoder.hidden_size is {self.hidden_size}; "
                 f"it must be a multiple of encoder.num_heads ({self.num_heads})"
             )
+        if not 0 < self.initializer_range < math.inf:
+            raise UserError(f"encoder.initializer_range is {self.initializer_range}; it must be above 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)

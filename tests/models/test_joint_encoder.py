@@ -28,6 +28,14 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.parametrize("std", [0.02, 0.2])
+def test_random_weights_have_the_configured_deviation(std):
+    state = JointEncoder(replace(CONFIG, initializer_range=std), cls_id=CLS, sep_id=SEP).state_dict()
+    for name in ("embeddings.word_embeddings", "encoder.layer.2.output.dense"):
+        assert state[f"bert.{name}.weight"].std().item() == pytest.approx(std, rel=0.1)
+    assert not state["bert.encoder.layer.2.output.dense.bias"].any()
+
+
 def reference_model(config: EncoderConfig = CONFIG) -> BertForMaskedLM:
     """Weights large enough that every forgotten bias, norm, segment or position shows."""
     model = BertForMaskedLM(

@@ -54,6 +54,9 @@ def test_a_saved_config_loads_to_the_same(tmp_path):
         (["data.store=x"], ["data.caption_store"]),
         (["training.lr"], ["expected key=value"]),
         (["model.adapter.kind=mean"], ["adapter.kind is 'mean'", "compression"]),
+        (["model.adapter.query_std=-1"], ["adapter.query_std is -1.0", "above 0"]),
+        (["model.encoder.initializer_range=0"], ["encoder.initializer_range is 0.0", "above 0"]),
+        (["model.encoder.initializer_range=.nan"], ["encoder.initializer_range is nan", "finite"]),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_one_line_that_names_it(tmp_path, overrides, words):
