@@ -130,14 +130,13 @@ class Reranker:
         Raises UserError for a blank caption, an image that cannot be read, a store of another model."""
         if not pairs:
             return np.zeros(0, np.float32)
+        # Each distinct pair once: in another row of a batch the same pair may round otherwise, and equals must tie.
+        pairs, place = _distinct(pairs, lambda pair: (pair[0], _identity(pair[1])))
         captions, caption_index = _distinct([caption for caption, _ in pairs], lambda caption: caption)
         images, image_index = _distinct([image for _, image in pairs], _identity)
         if any(not isinstance(caption, str) or not caption.strip() for caption in captions):
             raise UserError("a caption is empty or no text; give each image a caption to be scored with")
         tokens, embeddings = self._vision(images, store or self.store)
-        # Each distinct pair once: in another row of a batch the same pair may round otherwise, and equals must tie.
-        distinct, place = torch.unique(caption_index * len(images) + image_index, return_inverse=True)
-        caption_index, image_index = distinct // len(images), distinct % len(images)
         similarities = None
         if self.model.config.residual_similarity:
             texts = self.backbone.encode_texts(captions).to(self.model.device)
