@@ -32,7 +32,7 @@ from models.backbone import Backbone
 from models.checkpoint import CONFIG_FILE, resolve_checkpoint, write_config
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
-from models.precision import fastest_dtype
+from models.precision import dtype_name, fastest_dtype
 from models.ranks import Ranks, process_group
 from models.token_store import TokenStore
 
@@ -131,7 +131,7 @@ class Evaluator:
         precision = arguments.precision
         if precision == "auto":
             # Each rank times its own arithmetic; all take rank 0's answer.
-            precision = ranks.gather_objects(str(fastest_dtype(ranks.device)).removeprefix("torch."))[0]
+            precision = ranks.gather_objects(dtype_name(fastest_dtype(ranks.device)))[0]
         backbone = None
         if store is None or caption_store is None:
             config = model.config.backbone

@@ -22,7 +22,7 @@ from models.backbone import Backbone
 from models.captions import CaptionIds
 from models.edje import EDJE
 from models.errors import UserError
-from models.precision import fastest_dtype
+from models.precision import dtype_name, fastest_dtype
 from models.ranks import Ranks
 from models.token_store import TokenStore
 
@@ -77,7 +77,7 @@ def evaluate(
                 logits = rerank_pools(scorer, gallery, pools, direction, k, ranks, pairs_per_batch, progress)
             directions[direction] = _direction_results(dataset, direction, pools, logits, model.config.fusion_lambda)
     model.train(was_training)
-    precision = str(dtype).removeprefix("torch.")
+    precision = dtype_name(dtype)
     return Results(**directions, image_subsets=dataset.subsets, seconds=watch.seconds, precision=precision)
 
 

@@ -19,7 +19,7 @@ from models.captions import CaptionIds
 from models.config import EncoderConfig
 from models.edje import MatchHead
 from models.joint_encoder import EncoderPass, JointEncoder
-from models.precision import fastest_dtype
+from models.precision import dtype_name, fastest_dtype
 from scripts.benchmark_timing import alternate, matmul_peak, ratio, spread
 
 CLS_ID, SEP_ID = 101, 102
@@ -160,7 +160,7 @@ def benchmark_rerank(device: torch.device, num_pairs: int, rounds: int, baseline
 
             batches[name], contestants[name] = baseline_batch, run
         for dtype, form in ours.items():
-            name = f"ours {_name(dtype)}, {kind}"
+            name = f"ours {dtype_name(dtype)}, {kind}"
             batches[name] = OUR_BATCH
             contestants[name] = lambda form=form, pairs=pairs: our_logits(form, head, pairs)
     peaks = {dtype: matmul_peak(dtype, device) for dtype in ours}
@@ -195,7 +195,7 @@ def _section(
     reference = contestants["BertModel float32, varied lengths, arrival order"]()
     differences = {
         name: float((contestants[f"ours {name}, varied lengths"]() - reference).abs().max())
-        for name in map(_name, peaks)
+        for name in map(dtype_name, peaks)
     }
     return {
         "model": "BERT of MiniLM-L12-H384's shape, random weights, seed 0",
@@ -205,16 +205,11 @@ def _section(
         "warm_up": 1,
         "rounds": rounds,
         "time_includes": "input layout, encoder, match head; not tokenising, adapter, store",
-        "fastest_dtype": _name([*peaks][-1]),
-        "matmul_peak_gflops": {_name(dtype): peak / 1e9 for dtype, peak in peaks.items()},
+        "matmul_peak_gflops": {dtype_name(dtype): peak / 1e9 for dtype, peak in peaks.items()},
         "largest_logit_difference_from_BertModel": differences,
         "results": results,
         "ratios": _ratios(seconds),
     }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _ratios(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:

@@ -21,6 +21,15 @@ def test_bfloat16_is_chosen_only_where_it_is_clearly_faster(bfloat16_seconds, ex
     assert fastest_dtype("cpu") == expected
 
 
+@pytest.mark.parametrize("bfloat16_seconds, tried", [(1.5, {128, 1024}), (4.0, {128})])
+def test_where_few_rows_are_slow_already_many_are_not_tried(bfloat16_seconds, tried, monkeypatch):
+    rows = []
+    seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}
+    monkeypatch.setattr(precision, "_seconds", lambda x, up, down: rows.append(len(x)) or seconds[x.dtype])
+    assert fastest_dtype("cpu") == torch.float32
+    assert {*rows} == tried
+
+
 def test_the_probe_runs_once():
     assert fastest_dtype("cpu") == fastest_dtype(torch.device("cpu"))
     assert precision._probe_cpu.cache_info().misses == 1
