@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .config import AdapterConfig
 from .errors import UserError
@@ -57,9 +58,24 @@ class TokenCompressionAdapter(nn.Module):
 
     def forward(self, patches_BPD: Tensor) -> Tensor:
         """Patch tokens after the tower's last norm, class token left out -> vision tokens [B, M, H]."""
-        query_BMD = self.query.expand(len(patches_BPD), -1, -1)
-        attended_BMD, _ = self.attention(query_BMD, self.key(patches_BPD), self.value(patches_BPD), need_weights=False)
+        heads = self.attention.num_heads
+        query, keys, values = self._attention_inputs(patches_BPD)
+        query, keys, values = (x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (query, keys, values))
+        attended = F.scaled_dot_product_attention(query.expand(len(patches_BPD), -1, -1, -1), keys, values)
+        attended_BMD = self.attention.out_proj(attended.transpose(1, 2).flatten(2))
         return self.projection(attended_BMD + self.mlp(self.layernorm(attended_BMD)))
+
+    def _attention_inputs(self, patches_BPD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [1, M, D], shared by all images, keys and values [B, P, D].
+
+        Each patch passes one linear map, not two: the product of the weights of `key` (`value`) and of the attention's
+        own projection is taken first, which costs as much as D patches do."""
+        weight_q, weight_k, weight_v = self.attention.in_proj_weight.chunk(3)
+        bias_q, bias_k, bias_v = self.attention.in_proj_bias.chunk(3)
+        with torch.autocast(patches_BPD.device.type, enabled=False):  # products of weights in full
+            weight = torch.cat([weight_k @ self.key.weight, weight_v @ self.value.weight])
+            bias = torch.cat([weight_k @ self.key.bias + bias_k, weight_v @ self.value.bias + bias_v])
+        return F.linear(self.query, weight_q, bias_q), *F.linear(patches_BPD, weight, bias).chunk(2, dim=-1)
 
 
 class LocalProjection(_MLP):
