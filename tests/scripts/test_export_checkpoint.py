@@ -1,0 +1,60 @@
+"""Exporting a run: half the bytes, nothing of the run's machine, scores that agree with the run's own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.backbone import Backbone
+from models.checkpoint import write_latest
+from models.edje import EDJE
+from models.errors import UserError
+from scripts.export_checkpoint import export_checkpoint
+from tests.tiny_model import CAPTIONS, make_model, write_backbone
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run directory whose newest checkpoint names a backbone by its absolute path."""
+    backbone = Backbone.load(write_backbone(tmp_path / "clip"), torch.device("cpu"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    make_model(backbone, tmp_path / "vocab.txt").save_pretrained(checkpoints / "step-00000002")
+    (checkpoints / "step-00000002" / "training_state.pt").write_bytes(b"optimizer")
+    write_latest(checkpoints, "step-00000002")
+    return tmp_path / "run"
+
+
+def test_the_copy_is_half_as_large_and_scores_as_the_run_does(tmp_path, run):
+    source = export_checkpoint(run, tmp_path / "shared" / "tiny", "clips/tiny")
+    assert source.name == "step-00000002"
+    state = load_file(tmp_path / "shared" / "tiny" / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    copy, original = EDJE.from_pretrained(tmp_path / "shared" / "tiny"), EDJE.from_pretrained(run)
+    assert copy.config.backbone.pretrained == "clips/tiny"
+    assert next(copy.parameters()).dtype == torch.float32
+    patches = torch.randn(len(CAPTIONS), 16, 32, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (m.score(CAPTIONS, m.compress(patches).detach()) for m in (copy, original))
+    assert not torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * theirs.abs().max().item())
+
+
+def test_weights_that_float16_cannot_hold_are_refused_and_nothing_is_written(tmp_path, run):
+    model = EDJE.from_pretrained(run)
+    with torch.no_grad():
+        model.match_head.out.weight[0, 0] = 1e6
+    model.save_pretrained(tmp_path / "wide")
+    with pytest.raises(UserError, match="match_head.out.weight has values that float16 cannot hold"):
+        export_checkpoint(tmp_path / "wide", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_wrong_source_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "export_checkpoint.py", tmp_path / "none", "--out", tmp_path / "copy"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert str(tmp_path / "none") in result.stderr and "Traceback" not in result.stderr

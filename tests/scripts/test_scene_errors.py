@@ -1,0 +1,70 @@
+"""The breakdown of errors by what separates scenes, on hand-made rankings."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from scripts.scene_errors import count_errors, difference
+
+ROOT = Path(__file__).parents[2]
+
+
+def scene(family: int, *objects: tuple[str, str]) -> dict:
+    things = [{"size": "large", "texture": "plain", "colour": c, "shape": s, "x": 0.5, "y": 0.5} for c, s in objects]
+    return {"family": family, "layout": "row", "objects": things}
+
+
+RED_BLUE = scene(0, ("red", "star"), ("blue", "moon"))
+SWAPPED = scene(0, ("blue", "moon"), ("red", "star"))
+REBOUND = scene(0, ("red", "moon"), ("blue", "star"))
+STRANGER = scene(1, ("red", "star"), ("blue", "moon"))
+SCENES = {"a.png": RED_BLUE, "b.png": SWAPPED, "c.png": REBOUND, "d.png": STRANGER}
+
+
+def rankings(logits: list[float]) -> dict[str, np.ndarray]:
+    """One caption of a.png, the embedding's order a b c d; of a second one the own image is not in the pool."""
+    return {
+        "image_ids": np.array(sorted(SCENES)),
+        "t2i_query_image": np.array([0, 0]),
+        "t2i_candidates": np.array([[0, 1, 2, 3], [1, 2, 3, 3]]),
+        "t2i_similarities": np.array([[0.9, 0.9, 0.5, 0.4], [1, 1, 1, 1]]),
+        "t2i_logits": np.array([logits, [1, 1, 1, 1]]),
+    }
+
+
+def test_siblings_differ_in_places_or_in_binding():
+    assert [difference(RED_BLUE, other) for other in (SWAPPED, REBOUND, STRANGER)] == [
+        "places",
+        "binding",
+        "other family",
+    ]
+
+
+def test_a_tie_counts_as_wrong_and_pools_without_the_image_do_not_count():
+    found = count_errors(rankings([2.0, 1.0, 3.0, 0.0]), SCENES)
+    assert found == {
+        "places": {"pairs": 1, "cosine": 100.0, "logit": 0.0},
+        "binding": {"pairs": 1, "cosine": 0.0, "logit": 100.0},
+        "other family": {"pairs": 1, "cosine": 0.0, "logit": 0.0},
+    }
+
+
+def test_the_command_prints_a_table_and_refuses_other_files_in_one_line(tmp_path):
+    np.savez(tmp_path / "rankings.npz", **rankings([2.0, 1.0, 3.0, 0.0]))
+    images = [{"filepath": "", "filename": name, "scene": s} for name, s in SCENES.items()]
+    (tmp_path / "scenes.json").write_text(json.dumps({"images": images}))
+    (tmp_path / "few.json").write_text(json.dumps({"images": images[:2]}))
+    (tmp_path / "plain.json").write_text(json.dumps({"images": [{"filename": "a.png"}]}))
+
+    def run(first: str, second: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT / "scripts" / "scene_errors.py", tmp_path / first, tmp_path / second]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    good = run("rankings.npz", "scenes.json")
+    assert good.returncode == 0 and "| places | 1 | 100.0% | 0.0% |" in good.stdout
+    for bad in (("rankings.npz", "few.json"), ("rankings.npz", "plain.json"), ("scenes.json", "scenes.json")):
+        result = run(*bad)
+        assert result.returncode == 2 and "Traceback" not in result.stderr and str(tmp_path) in result.stderr
