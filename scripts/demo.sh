@@ -1,18 +1,25 @@
 #!/usr/bin/env bash
 # From a bare checkout to a trained reranker and its report, on two CPU cores: data, embedder, stored tokens, training,
 # evaluation. A second start skips what is done, and a killed one continues. Results: runs/demo/results.json, report.html.
-#   bash scripts/demo.sh                            the committed embedder, seed 0
-#   bash scripts/demo.sh --train-embedder           trains the embedder first (configs/embedders/scenes.yaml)
+#   bash scripts/demo.sh                            fine-tunes the committed pretrained EDJE on the committed embedder
+#   bash scripts/demo.sh --pretrain                 pretrains EDJE itself, from random weights (configs/demo_pretrain.yaml)
+#   bash scripts/demo.sh --train-embedder           trains the embedder itself too (configs/embedders/scenes.yaml)
 #   OUT=runs/demo_seed1 bash scripts/demo.sh seed=1 another seed on the same data; key=value overrides go to train.py
 # SHARED is the folder of data, embedder and stored tokens; SCENES, options of data.scenes (a smaller set).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install requirements.txt
 shared=${SHARED:-runs/demo} out=${OUT:-runs/demo}
-scenes=$shared/scenes embedder=configs/embedders/scenes-vit overrides=()
+scenes=$shared/scenes embedder=configs/embedders/scenes-vit pretrained=configs/pretrained/scenes overrides=()
 for argument in "$@"; do
-    if [ "$argument" = --train-embedder ]; then embedder=$shared/embedder; else overrides+=("$argument"); fi
+    case $argument in
+        --pretrain) pretrained=$shared/pretrained ;;
+        --train-embedder) embedder=$shared/embedder pretrained=$shared/pretrained-own-embedder ;;
+        *) overrides+=("$argument") ;;
+    esac
 done
 tokens=$shared/tokens-$(basename "$embedder")
+features=(backbone.pretrained="$embedder" data.root="$scenes" data.store="$tokens/images" \
+    data.caption_store="$tokens/captions")
 
 echo "== 1/5 data: rendered scenes with five captions each"
 "$python" -m data.scenes --out "$scenes" ${SCENES:-}
@@ -26,8 +33,13 @@ fi
 echo "== 3/5 patch tokens and caption embeddings, computed once"
 "$python" scripts/precompute_tokens.py --backbone-pretrained "$embedder" --batch-size 128 \
     --images "$scenes/dataset_scenes.json" --out "$tokens/images" --captions "$tokens/captions"
-echo "== 4/5 training"
-"$python" train.py --config configs/demo.yaml output="$out" backbone.pretrained="$embedder" data.root="$scenes" \
-    data.store="$tokens/images" data.caption_store="$tokens/captions" "${overrides[@]}"
+if [ "$pretrained" = configs/pretrained/scenes ]; then
+    echo "== 4/5 fine-tuning of $pretrained (pretrained on the same training scenes by configs/demo_pretrain.yaml)"
+else
+    echo "== 4/5 pretraining, then fine-tuning"
+    "$python" train.py --config configs/demo_pretrain.yaml output="$pretrained" "${features[@]}" "${overrides[@]}"
+fi
+"$python" train.py --config configs/demo.yaml output="$out" model.init_from="$pretrained" "${features[@]}" \
+    "${overrides[@]}"
 echo "== 5/5 evaluation on the test scenes, both directions"
 "$python" evaluation/evaluate_retrieval.py --checkpoint "$out" --out "$out"

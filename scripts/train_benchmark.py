@@ -3,8 +3,8 @@
 Both run the product's own step (read, features, losses, backward, update) on the same rows and model, alternating.
 From images a step decodes its files and runs the frozen backbone once; from stores it reads what that pass gave. The
 backbone is a ViT-B/16 at 224 px with random weights (speed does not depend on them); the trained model is the demo's
-(configs/demo.yaml: 16 vision tokens, 4 layers of width 192), which leaves the backbone the larger share, as it is where
-training time is worth saving.
+(configs/demo_pretrain.yaml: 16 vision tokens, 4 layers of width 128), which leaves the backbone the larger share, as
+it is where training time is worth saving.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def benchmark_train(device: torch.device, rounds: int, batch_size: int) -> dict[
 def _config(root: Path, batch_size: int, from_store: bool) -> RunConfig:
     stores = [f"data.store={root / 'tokens'}", f"data.caption_store={root / 'captions'}"]
     return load_config(
-        ROOT / "configs" / "demo.yaml",
+        ROOT / "configs" / "demo_pretrain.yaml",
         [
             *(stores if from_store else ["data.store=", "data.caption_store="]),
             f"backbone={{name: {BACKBONE.name}, pretrained: {BACKBONE.pretrained}}}",
