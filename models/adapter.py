@@ -7,13 +7,19 @@ are those of the published checkpoint.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import AdapterConfig
+from .config import AdapterConfig, BackboneDims
 from .errors import UserError
 from .linear import ACTIVATIONS
+
+QUERY_GAIN = 6.0
+"""With places: how much longer than a patch's code the queries start. On patch tokens of deviation 1 some 40% of a
+query's attention then lie on its own cell of 4 patches; with 1 it hardly prefers it, far above it cannot leave it."""
 
 
 class _MLP(nn.Module):
@@ -39,10 +45,14 @@ class TokenCompressionAdapter(nn.Module):
     and the attention's own projections), there is no residual around the attention and no norm after the MLP: so
     it is in the published checkpoint. SigLIP 2 L/16-384: [B, 576, 1024] -> [B, 64, 384], 49,152 bytes an image in
     float16.
+
+    With `config.places` patches carry their place, and query j starts as the code of the j-th cell of a grid over the
+    image, with key maps that keep codes: so each vision token starts with one part of the image.
     """
 
-    def __init__(self, config: AdapterConfig, patch_width: int, hidden_size: int):
+    def __init__(self, config: AdapterConfig, dims: BackboneDims, hidden_size: int):
         super().__init__()
+        patch_width = dims.patch_width
         if patch_width % config.num_heads:
             raise UserError(
                 f"adapter.num_heads is {config.num_heads}; it must divide the backbone's patch width ({patch_width})"
@@ -54,16 +64,35 @@ class TokenCompressionAdapter(nn.Module):
         self.layernorm = nn.LayerNorm(patch_width, eps=config.layer_norm_eps)
         self.mlp = _MLP(patch_width, config.mlp_width, patch_width, config.activation)
         self.projection = nn.Linear(patch_width, hidden_size)
-        nn.init.normal_(self.query, std=patch_width**-0.5 if config.query_std is None else config.query_std)
+        self.places = _places(config, dims)
+        if self.places is None:
+            nn.init.normal_(self.query, std=patch_width**-0.5 if config.query_std is None else config.query_std)
+        else:
+            self._start_queries_at_places()
 
     def forward(self, patches_BPD: Tensor) -> Tensor:
         """Patch tokens after the tower's last norm, class token left out -> vision tokens [B, M, H]."""
+        if self.places is not None:
+            patches_BPD = patches_BPD + self.places
         heads = self.attention.num_heads
         query, keys, values = self._attention_inputs(patches_BPD)
         query, keys, values = (x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (query, keys, values))
         attended = F.scaled_dot_product_attention(query.expand(len(patches_BPD), -1, -1, -1), keys, values)
         attended_BMD = self.attention.out_proj(attended.transpose(1, 2).flatten(2))
         return self.projection(attended_BMD + self.mlp(self.layernorm(attended_BMD)))
+
+    @torch.no_grad()
+    def _start_queries_at_places(self) -> None:
+        num_patches, width = self.places.shape
+        num_tokens, side = self.query.shape[1], math.isqrt(num_patches)
+        rows = next(r for r in range(math.isqrt(num_tokens), 0, -1) if num_tokens % r == 0)
+        cells = _grid(rows, num_tokens // rows, side)
+        codes = place_codes(cells, width) * self.places.norm() / place_codes(_grid(side, side, side), width).norm()
+        nn.init.orthogonal_(self.key.weight)
+        weight_q, weight_k, _ = self.attention.in_proj_weight.chunk(3)
+        nn.init.orthogonal_(weight_k)
+        weight_q.copy_(weight_k @ self.key.weight)
+        self.query.copy_(QUERY_GAIN * (codes - codes.mean(0)))
 
     def _attention_inputs(self, patches_BPD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [1, M, D], shared by all images, keys and values [B, P, D].
@@ -84,11 +113,43 @@ class LocalProjection(_MLP):
     Source: EDJE (arXiv 2510.06820), the local model, teacher of the compressed one.
     """
 
-    def __init__(self, config: AdapterConfig, patch_width: int, hidden_size: int):
-        super().__init__(patch_width, config.mlp_width, hidden_size, config.activation)
+    def __init__(self, config: AdapterConfig, dims: BackboneDims, hidden_size: int):
+        super().__init__(dims.patch_width, config.mlp_width, hidden_size, config.activation)
+        self.places = _places(config, dims)
+
+    def forward(self, patches_BPD: Tensor) -> Tensor:
+        return super().forward(patches_BPD if self.places is None else patches_BPD + self.places)
 
 
-def build_adapter(config: AdapterConfig, patch_width: int, hidden_size: int) -> nn.Module:
+def build_adapter(config: AdapterConfig, dims: BackboneDims, hidden_size: int) -> nn.Module:
     """The adapter that `config.kind` names."""
     kinds = {"compression": TokenCompressionAdapter, "local": LocalProjection}
-    return kinds[config.kind](config, patch_width, hidden_size)
+    return kinds[config.kind](config, dims, hidden_size)
+
+
+def place_codes(places: Tensor, width: int) -> Tensor:
+    """Sines and cosines of places [N, 2] (row, column, in patches) -> [N, width], half of it for each of the two.
+
+    Wavelengths from 6 patches to 600, so that neighbours of a grid of 8 to 24 differ clearly."""
+    quarter = width // 4
+    angles = places[:, :, None] * 100.0 ** (-torch.arange(quarter) / quarter)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+def _places(config: AdapterConfig, dims: BackboneDims) -> nn.Parameter | None:
+    """The learned table [P, D] that is added to patch tokens, or None where the configuration wants none."""
+    if not config.places:
+        return None
+    side = math.isqrt(dims.num_patches)
+    if side * side != dims.num_patches or dims.patch_width % 4:
+        raise UserError(
+            f"adapter.places needs a square grid of patches and a patch width that 4 divides; this backbone gives "
+            f"{dims.num_patches} patches of {dims.patch_width}; set adapter.places to 0"
+        )
+    return nn.Parameter(config.places * place_codes(_grid(side, side, side), dims.patch_width))
+
+
+def _grid(rows: int, columns: int, side: int) -> Tensor:
+    """Centres of the cells that divide a grid of side x side patches, row by row: [rows * columns, 2] in patches."""
+    centres = ((torch.arange(n) + 0.5) * side / n - 0.5 for n in (rows, columns))
+    return torch.cartesian_prod(*centres)

@@ -54,7 +54,7 @@ class EDJE(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         width = config.encoder.hidden_size
-        self.adapter = build_adapter(config.adapter, config.dims.patch_width, width)
+        self.adapter = build_adapter(config.adapter, config.dims, width)
         self.encoder = JointEncoder(config.encoder, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id)
         self.match_head = MatchHead(width)
         self.text_projection = nn.Linear(width, config.dims.embedding_width)
