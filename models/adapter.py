@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .config import AdapterConfig, BackboneDims
 from .errors import UserError
 from .linear import ACTIVATIONS
+from .places import grid_places, place_codes
 
 QUERY_GAIN = 6.0
 """With places: how much longer than a patch's code the queries start. On patch tokens of deviation 1 some 40% of a
@@ -68,7 +69,7 @@ class TokenCompressionAdapter(nn.Module):
         if self.places is None:
             nn.init.normal_(self.query, std=patch_width**-0.5 if config.query_std is None else config.query_std)
         else:
-            self._start_queries_at_places()
+            self._start_queries_at_places(config, dims)
 
     def forward(self, patches_BPD: Tensor) -> Tensor:
         """Patch tokens after the tower's last norm, class token left out -> vision tokens [B, M, H]."""
@@ -82,12 +83,9 @@ class TokenCompressionAdapter(nn.Module):
         return self.projection(attended_BMD + self.mlp(self.layernorm(attended_BMD)))
 
     @torch.no_grad()
-    def _start_queries_at_places(self) -> None:
-        num_patches, width = self.places.shape
-        num_tokens, side = self.query.shape[1], math.isqrt(num_patches)
-        rows = next(r for r in range(math.isqrt(num_tokens), 0, -1) if num_tokens % r == 0)
-        cells = _grid(rows, num_tokens // rows, side)
-        codes = place_codes(cells, width) * self.places.norm() / place_codes(_grid(side, side, side), width).norm()
+    def _start_queries_at_places(self, config: AdapterConfig, dims: BackboneDims) -> None:
+        rows = next(r for r in range(math.isqrt(config.num_tokens), 0, -1) if config.num_tokens % r == 0)
+        codes = config.places * _codes_of_grid(rows, config.num_tokens // rows, dims)
         nn.init.orthogonal_(self.key.weight)
         weight_q, weight_k, _ = self.attention.in_proj_weight.chunk(3)
         nn.init.orthogonal_(weight_k)
@@ -127,15 +125,6 @@ def build_adapter(config: AdapterConfig, dims: BackboneDims, hidden_size: int) -
     return kinds[config.kind](config, dims, hidden_size)
 
 
-def place_codes(places: Tensor, width: int) -> Tensor:
-    """Sines and cosines of places [N, 2] (row, column, in patches) -> [N, width], half of it for each of the two.
-
-    Wavelengths from 6 patches to 600, so that neighbours of a grid of 8 to 24 differ clearly."""
-    quarter = width // 4
-    angles = places[:, :, None] * 100.0 ** (-torch.arange(quarter) / quarter)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
-
-
 def _places(config: AdapterConfig, dims: BackboneDims) -> nn.Parameter | None:
     """The learned table [P, D] that is added to patch tokens, or None where the configuration wants none."""
     if not config.places:
@@ -146,10 +135,13 @@ def _places(config: AdapterConfig, dims: BackboneDims) -> nn.Parameter | None:
             f"adapter.places needs a square grid of patches and a patch width that 4 divides; this backbone gives "
             f"{dims.num_patches} patches of {dims.patch_width}; set adapter.places to 0"
         )
-    return nn.Parameter(config.places * place_codes(_grid(side, side, side), dims.patch_width))
+    return nn.Parameter(config.places * _codes_of_grid(side, side, dims))
 
 
-def _grid(rows: int, columns: int, side: int) -> Tensor:
-    """Centres of the cells that divide a grid of side x side patches, row by row: [rows * columns, 2] in patches."""
-    centres = ((torch.arange(n) + 0.5) * side / n - 0.5 for n in (rows, columns))
-    return torch.cartesian_prod(*centres)
+def _codes_of_grid(rows: int, columns: int, dims: BackboneDims) -> Tensor:
+    """Codes of the cells that divide an image in rows and columns: [rows * columns, D].
+
+    Wavelengths from 6 patches to 600, so that neighbours of a grid of 8 to 24 patches a side differ clearly."""
+    quarter = dims.patch_width // 4
+    frequencies = math.isqrt(dims.num_patches) * 100.0 ** (-torch.arange(quarter) / quarter)
+    return place_codes(grid_places(rows, columns), frequencies)

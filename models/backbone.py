@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from .config import BackboneConfig, BackboneDims
 from .errors import UserError
+from .places import grid_places, place_codes
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -187,14 +188,9 @@ def _maps_to_tokens(maps: list[Tensor], grid: int) -> Tensor:
 
 
 def _grid_positions(grid: int, device: torch.device) -> Tensor:
-    """[grid*grid, 16]: sine and cosine of the row and of the column at four frequencies, of unit variance.
-
-    Source: DETR (arXiv 2005.12872), which adds such codes to a convolutional map."""
-    place = (torch.arange(grid, device=device) + 0.5) / grid
-    angles = place.unsqueeze(1) * math.pi * torch.tensor([0.5, 1, 2, 4], device=device)
-    codes = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, 8]
-    rows, columns = codes.unsqueeze(1).expand(-1, grid, -1), codes.unsqueeze(0).expand(grid, -1, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    """[grid*grid, 16]: codes of the grid's places at four frequencies, of unit variance."""
+    frequencies = math.pi * torch.tensor([0.5, 1, 2, 4])
+    return math.sqrt(2) * place_codes(grid_places(grid, grid), frequencies).to(device)
 
 
 def load_directory(directory: Path, load_weights: bool = True) -> nn.Module:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from models.adapter import TokenCompressionAdapter, build_adapter, place_codes
+from models.adapter import TokenCompressionAdapter, build_adapter
 from models.config import AdapterConfig, BackboneDims
 from models.errors import UserError
+from models.places import place_codes
 
 
 def dims(num_patches: int = 64, patch_width: int = 64) -> BackboneDims:
@@ -58,7 +59,8 @@ def test_equal_patches_become_different_tokens_with_places_only():
 
 
 def test_place_codes_are_nearer_the_nearer_the_places():
-    codes = place_codes(torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 3.0], [7.0, 7.0]]), 64)
+    places = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 3.0], [7.0, 7.0]])
+    codes = place_codes(places, 100.0 ** (-torch.arange(16) / 16))
     distances = (codes - codes[0]).norm(dim=1)
     assert distances[0] == 0 and distances.diff().min() > 0
 
