@@ -82,6 +82,23 @@ def load_annotations(
     return dataset
 
 
+def read_field(file: str | Path, dataset: CaptionDataset, field: str) -> list[Any]:
+    """A further field of each image of a Karpathy file, e.g. `style`, in the data set's order: None where it has none.
+
+    A list has no such fields. Raises UserError naming the file if it cannot be read."""
+    file = Path(file)
+    document = _read_json(file)
+    images = (document.get("images") if isinstance(document, dict) else None) or []
+    records = [i for i in images if isinstance(i, dict) and isinstance(i.get("filename"), str)]
+    values = {_image_id(record): record.get(field) for record in records}
+    return [values.get(image) for image in dataset.image_ids]
+
+
+def _image_id(image: dict[str, Any]) -> str:
+    """Path of a Karpathy record's file, relative to the root."""
+    return (Path(image.get("filepath") or "") / image["filename"]).as_posix()
+
+
 def _read_json(file: Path) -> Any:
     try:
         with file.open(encoding="utf-8") as stream:
@@ -103,7 +120,7 @@ def _karpathy_rows(images: list[Any], split: str | None, file: Path) -> Iterator
         found[str(image.get("split"))] += 1
         if split is not None and image.get("split") not in names:
             continue
-        image_id = (Path(image.get("filepath") or "") / image["filename"]).as_posix()
+        image_id = _image_id(image)
         sentences = image.get("sentences") or []
         if not isinstance(sentences, list):
             raise UserError(f"{file}: sentences of image '{image_id}' are {sentences!r}; expected a list")

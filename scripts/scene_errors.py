@@ -10,7 +10,6 @@ description that this needs.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,17 +19,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.caption_datasets import CaptionDataset, read_field
 from data.scene_world import KINDS
+from evaluation.output import read_rankings
+from evaluation.results import DirectionResults
 from models.errors import UserError, run_entry_point
 
 
-def read_scenes(path: Path) -> dict[str, dict[str, Any]]:
-    """Scene descriptions by image id. Raises UserError naming the file if it has none."""
-    try:
-        images = json.loads(path.read_text())["images"]
-        return {(Path(i.get("filepath") or "") / i["filename"]).as_posix(): i["scene"] for i in images}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no annotations of rendered scenes ({error!r}); write some with data.scenes") from None
+def read_scenes(path: Path, dataset: CaptionDataset) -> list[dict[str, Any]]:
+    """The description of each image's scene. Raises UserError naming the file and the first image that has none."""
+    scenes = read_field(path, dataset, "scene")
+    for image, scene in zip(dataset.image_ids, scenes, strict=True):
+        if not isinstance(scene, dict) or not {"family", "objects"} <= scene.keys():
+            raise UserError(f"{path}: does not describe the scene of {image}; give the file that was evaluated")
+    return scenes
 
 
 def difference(scene: dict[str, Any], other: dict[str, Any]) -> str:
@@ -41,27 +43,21 @@ def difference(scene: dict[str, Any], other: dict[str, Any]) -> str:
     return "places" if described[0] == described[1] else "binding"
 
 
-def count_errors(rankings: dict[str, np.ndarray], scenes: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+def count_errors(results: DirectionResults, scenes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """By kind of difference: `pairs`, and the share in percent that `cosine` and `logit` order wrongly.
 
-    rankings: arrays of rankings.npz: t2i_query_image [Q], t2i_candidates, t2i_similarities, t2i_logits [Q, k].
-    A tie is an error. Queries whose own image is not in the pool are left out."""
-    ids = [str(x) for x in rankings["image_ids"]]
+    results: text to image; scenes: the description of each image. A tie is an error. Queries whose own image is not in
+    the pool are left out."""
     pairs, wrong = Counter(), {"cosine": Counter(), "logit": Counter()}
-    scores = {"cosine": rankings["t2i_similarities"], "logit": rankings["t2i_logits"]}
-    for query, (image, candidates) in enumerate(
-        zip(rankings["t2i_query_image"], rankings["t2i_candidates"], strict=True)
-    ):
-        place = np.flatnonzero(candidates == image)
-        if not len(place):
-            continue
-        for rank, candidate in enumerate(candidates):
-            if rank == place[0]:
-                continue
-            kind = difference(scenes[ids[image]], scenes[ids[candidate]])
-            pairs[kind] += 1
-            for name, values in scores.items():
-                wrong[name][kind] += bool(values[query, rank] >= values[query, place[0]])
+    scores = {"cosine": results.scores("embedding"), "logit": results.scores("reranked")}
+    for query, image in enumerate(results.query_image):
+        pool = results.candidates[query, : results.k]
+        for own in np.flatnonzero(pool == image):
+            for rank in np.flatnonzero(pool != image):
+                kind = difference(scenes[image], scenes[pool[rank]])
+                pairs[kind] += 1
+                for name, values in scores.items():
+                    wrong[name][kind] += bool(values[query, rank] >= values[query, own])
     return {
         kind: {"pairs": total, **{name: 100 * counts[kind] / total for name, counts in wrong.items()}}
         for kind, total in sorted(pairs.items())
@@ -73,17 +69,10 @@ def main() -> None:
     parser.add_argument("rankings", type=Path, help="rankings.npz of evaluation/evaluate_retrieval.py")
     parser.add_argument("annotations", type=Path, help="dataset_scenes.json")
     arguments = parser.parse_args()
-    scenes = read_scenes(arguments.annotations)
-    try:
-        with np.load(arguments.rankings, allow_pickle=False) as file:
-            rankings = dict(file)
-        missing = [str(x) for x in rankings["image_ids"] if str(x) not in scenes]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{arguments.rankings}: not a rankings.npz of an evaluation ({error!r})") from None
-    if missing:
-        raise UserError(f"{arguments.annotations}: does not describe {missing[0]}; give the file that was evaluated")
+    results, dataset = read_rankings(arguments.rankings)
+    scenes = read_scenes(arguments.annotations, dataset)
     print("| candidate differs in | pairs | ordered wrongly by the embedding | by EDJE |\n|---|---|---|---|")
-    for kind, counts in count_errors(rankings, scenes).items():
+    for kind, counts in count_errors(results.t2i, scenes).items():
         print(f"| {kind} | {counts['pairs']:,} | {counts['cosine']:.1f}% | {counts['logit']:.1f}% |")
 
 

@@ -5,7 +5,6 @@ Letters: P patch tokens, Dv patch width, De embedding width.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data.batches import BatchPlan, TrainingBatches
-from data.caption_datasets import CaptionDataset, load_annotations
+from data.caption_datasets import CaptionDataset, load_annotations, read_field
 from data.neighbours import CaptionKeys, nearest_images
 from models.backbone import Backbone
 from models.captions import CaptionTokenizer, build_vocabulary
@@ -180,7 +179,7 @@ def build_batches(
     negatives, accumulation = config.negatives, config.training.accumulation
     neighbours = None
     if negatives.pool == "dataset":
-        labels = read_field(config, dataset, negatives.within) if negatives.within else None
+        labels = _field_of_images(config, dataset) if negatives.within else None
         neighbours = nearest_images(
             keys,
             dataset,
@@ -205,13 +204,10 @@ def _random_share(negatives: NegativesConfig, accumulation: int, number: int) ->
     return negatives.random_share(number // accumulation)
 
 
-def read_field(config: RunConfig, dataset: CaptionDataset, field: str) -> list[str | None]:
-    """A further field of each image in a Karpathy file, e.g. `style`, in the data set's order."""
-    file = Path(config.data.root) / config.data.annotations
-    document = json.loads(file.read_text())
-    images = document["images"] if isinstance(document, dict) else []
-    values = {(Path(i.get("filepath") or "") / i["filename"]).as_posix(): i.get(field) for i in images}
-    labels = [values.get(image) for image in dataset.image_ids]
+def _field_of_images(config: RunConfig, dataset: CaptionDataset) -> list[str | None]:
+    """The field that negatives.within names, for each image."""
+    file, field = Path(config.data.root) / config.data.annotations, config.negatives.within
+    labels = read_field(file, dataset, field)
     if not any(labels):
         raise UserError(f"{file}: no image has the field {field!r} that negatives.within names")
     return labels

@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from data.caption_datasets import CaptionDataset
+from evaluation.output import results_json, write_results
+from evaluation.results import DirectionResults, Results
 from scripts.scene_errors import count_errors, difference
 
 ROOT = Path(__file__).parents[2]
@@ -24,15 +28,15 @@ STRANGER = scene(1, ("red", "star"), ("blue", "moon"))
 SCENES = {"a.png": RED_BLUE, "b.png": SWAPPED, "c.png": REBOUND, "d.png": STRANGER}
 
 
-def rankings(logits: list[float]) -> dict[str, np.ndarray]:
+def rankings(logits: list[float]) -> DirectionResults:
     """One caption of a.png, the embedding's order a b c d; of a second one the own image is not in the pool."""
-    return {
-        "image_ids": np.array(sorted(SCENES)),
-        "t2i_query_image": np.array([0, 0]),
-        "t2i_candidates": np.array([[0, 1, 2, 3], [1, 2, 3, 3]]),
-        "t2i_similarities": np.array([[0.9, 0.9, 0.5, 0.4], [1, 1, 1, 1]]),
-        "t2i_logits": np.array([logits, [1, 1, 1, 1]]),
-    }
+    return DirectionResults(
+        query_image=np.array([0, 0]),
+        item_image=np.arange(4),
+        candidates=np.array([[0, 1, 2, 3], [1, 2, 3, 3]]),
+        similarities=np.array([[0.9, 0.9, 0.5, 0.4], [1, 1, 1, 1]], np.float32),
+        logits=np.array([logits, [1, 1, 1, 1]], np.float32),
+    )
 
 
 def test_siblings_differ_in_places_or_in_binding():
@@ -44,7 +48,7 @@ def test_siblings_differ_in_places_or_in_binding():
 
 
 def test_a_tie_counts_as_wrong_and_pools_without_the_image_do_not_count():
-    found = count_errors(rankings([2.0, 1.0, 3.0, 0.0]), SCENES)
+    found = count_errors(rankings([2.0, 1.0, 3.0, 0.0]), list(SCENES.values()))
     assert found == {
         "places": {"pairs": 1, "cosine": 100.0, "logit": 0.0},
         "binding": {"pairs": 1, "cosine": 0.0, "logit": 100.0},
@@ -52,8 +56,19 @@ def test_a_tie_counts_as_wrong_and_pools_without_the_image_do_not_count():
     }
 
 
+def test_candidates_below_the_reranked_pool_do_not_count():
+    deeper = rankings([2.0, 1.0, 3.0, 0.0])
+    shallow = replace(deeper, logits=deeper.logits[:, :2])
+    assert count_errors(shallow, list(SCENES.values())) == {"places": {"pairs": 1, "cosine": 100.0, "logit": 0.0}}
+
+
 def test_the_command_prints_a_table_and_refuses_other_files_in_one_line(tmp_path):
-    np.savez(tmp_path / "rankings.npz", **rankings([2.0, 1.0, 3.0, 0.0]))
+    found = rankings([2.0, 1.0, 3.0, 0.0])
+    dataset = CaptionDataset(tmp_path, sorted(SCENES), ["a star"] * 4, np.arange(4), [None] * 4)
+    seconds = {"backbone": 0.0, "compress": 0.0, "rerank": 1.0}
+    results = Results(t2i=found, i2t=found, image_subsets=dataset.subsets, seconds=seconds, precision="float32")
+    write_results(tmp_path, results, dataset, results_json(results, "runs/x", "scenes.json", "test"))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "rankings.npz").read_bytes()[:200])
     images = [{"filepath": "", "filename": name, "scene": s} for name, s in SCENES.items()]
     (tmp_path / "scenes.json").write_text(json.dumps({"images": images}))
     (tmp_path / "few.json").write_text(json.dumps({"images": images[:2]}))
@@ -65,6 +80,12 @@ def test_the_command_prints_a_table_and_refuses_other_files_in_one_line(tmp_path
 
     good = run("rankings.npz", "scenes.json")
     assert good.returncode == 0 and "| places | 1 | 100.0% | 0.0% |" in good.stdout
-    for bad in (("rankings.npz", "few.json"), ("rankings.npz", "plain.json"), ("scenes.json", "scenes.json")):
+    bad_pairs = [
+        ("rankings.npz", "few.json"),
+        ("rankings.npz", "plain.json"),
+        ("scenes.json", "scenes.json"),
+        ("cut.npz", "scenes.json"),
+    ]
+    for bad in bad_pairs:
         result = run(*bad)
         assert result.returncode == 2 and "Traceback" not in result.stderr and str(tmp_path) in result.stderr
