@@ -103,6 +103,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def half_precision(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors with floating-point ones rounded to float16: half a file's bytes."""
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
 def load_state(module: nn.Module, state: dict[str, Tensor], where: str | Path = "checkpoint") -> None:
     """Copy `state` into `module`, strictly: same names, same shapes. Of tied parameters any one name is enough.
 

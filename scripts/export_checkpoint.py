@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.checkpoint import read_checkpoint, resolve_checkpoint, write_checkpoint
+from models.checkpoint import half_precision, read_checkpoint, resolve_checkpoint, write_checkpoint
 from models.errors import UserError, run_entry_point
 
 
@@ -29,7 +29,7 @@ def export_checkpoint(source: Path, out: Path, backbone_pretrained: str = "") ->
     Raises UserError naming the first weight that float16 cannot hold, before anything is written."""
     source = resolve_checkpoint(source)
     config, state, tokenizer = read_checkpoint(source)
-    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    half = half_precision(state)
     for name, tensor in half.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{source}: {name} has values that float16 cannot hold; it cannot be exported")

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data.caption_datasets import load_annotations
 from models.backbone import CONFIG_FILE, WEIGHTS_FILE, load_directory
 from models.captions import build_vocabulary
-from models.checkpoint import replace_text
+from models.checkpoint import half_precision, replace_text
 from models.config_io import from_dict
 from models.errors import UserError, run_entry_point
 from models.precision import fastest_dtype
@@ -189,7 +189,7 @@ def replace_by_features(samples: Samples, clip: nn.Module, config: EmbedderConfi
 def write_weights(clip: nn.Module, file: Path, half: bool) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in clip.state_dict().items()}
     if half:
-        state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        state = half_precision(state)
     temporary = file.with_name(file.name + ".tmp")
     save_file(state, temporary, metadata={"format": "pt"})
     temporary.chmod(0o644)  # safetensors makes it readable to its owner only
