@@ -2,7 +2,8 @@
 # From a bare checkout to a trained reranker and its report, on two CPU cores: data, embedder, stored tokens, training,
 # evaluation. A second start skips what is done, and a killed one continues. Results: runs/demo/results.json, report.html.
 #   bash scripts/demo.sh                            fine-tunes the committed pretrained EDJE on the committed embedder
-#   bash scripts/demo.sh --pretrain                 pretrains EDJE itself, from random weights (configs/demo_pretrain.yaml)
+#   bash scripts/demo.sh --pretrain                 pretrains EDJE itself, from random weights (configs/demo_pretrain.yaml);
+#                                                   done once, then fine-tuned by every run on the same data
 #   bash scripts/demo.sh --train-embedder           trains the embedder itself too (configs/embedders/scenes.yaml)
 #   OUT=runs/demo_seed1 bash scripts/demo.sh seed=1 another seed on the same data; key=value overrides go to train.py
 # SHARED is the folder of data, embedder and stored tokens; SCENES, options of data.scenes (a smaller set).
@@ -13,10 +14,12 @@ scenes=$shared/scenes embedder=configs/embedders/scenes-vit pretrained=configs/p
 for argument in "$@"; do
     case $argument in
         --pretrain) pretrained=$shared/pretrained ;;
-        --train-embedder) embedder=$shared/embedder pretrained=$shared/pretrained-own-embedder ;;
+        --train-embedder) embedder=$shared/embedder ;;
         *) overrides+=("$argument") ;;
     esac
 done
+# Weights fit one embedder: with a new one they are made anew, whatever else was asked for.
+if [ "$embedder" = "$shared/embedder" ]; then pretrained=$shared/pretrained-own-embedder; fi
 tokens=$shared/tokens-$(basename "$embedder")
 features=(backbone.pretrained="$embedder" data.root="$scenes" data.store="$tokens/images" \
     data.caption_store="$tokens/captions")
