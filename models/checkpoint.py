@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .captions import TOKENIZER_FILE, CaptionTokenizer
@@ -55,7 +55,7 @@ def write_checkpoint_files(
 ) -> None:
     """The files of a checkpoint, into an existing directory; for a caller that adds files before it is renamed."""
     write_config(directory, config)
-    save_file(_untied(state), directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_safetensors(directory / WEIGHTS_FILE, _untied(state))
     tokenizer.save(directory)
 
 
@@ -101,6 +101,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: missing, truncated or damaged ({_one_line(error)}); copy or write it again"
         ) from error
+
+
+def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
+    """All tensors into one file with the permissions of any other new file."""
+    path.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would let its owner alone read it
 
 
 def half_precision(state: dict[str, Tensor]) -> dict[str, Tensor]:

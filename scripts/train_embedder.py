@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import open_clip
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data.caption_datasets import load_annotations
 from models.backbone import CONFIG_FILE, WEIGHTS_FILE, load_directory
 from models.captions import build_vocabulary
-from models.checkpoint import half_precision, replace_text
+from models.checkpoint import half_precision, replace_text, write_safetensors
 from models.config_io import from_dict
 from models.errors import UserError, run_entry_point
 from models.precision import fastest_dtype
@@ -191,8 +191,7 @@ def write_weights(clip: nn.Module, file: Path, half: bool) -> None:
     if half:
         state = half_precision(state)
     temporary = file.with_name(file.name + ".tmp")
-    save_file(state, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors makes it readable to its owner only
+    write_safetensors(temporary, state)
     os.replace(temporary, file)
 
 

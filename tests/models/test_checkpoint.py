@@ -62,6 +62,11 @@ def test_a_saved_model_comes_back_bit_by_bit(model, saved):
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(saved):
+    modes = {(saved / name).stat().st_mode for name in ("model.safetensors", "config.yaml", "tokenizer.json")}
+    assert len(modes) == 1
+
+
 def test_tied_weights_are_stored_once_and_stay_tied(saved):
     _, state, _ = read_checkpoint(saved)
     assert "encoder.cls.predictions.decoder.weight" not in state
