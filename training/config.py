@@ -121,6 +121,9 @@ class ObjectivesConfig:
     mlm: float = 1.0
     mlm_probability: float = 0.5
     """Share of a caption's tokens that is masked. Published: 0.5."""
+    mlm_words: tuple[str, ...] = ()
+    """Only these words are masked, each with mlm_probability; none named: any token. With few words, the rest of the
+    caption stays and says what to look at: so relations ("left", "above") are learned that random masks hide."""
     text_recovery: float = 1.0
     itc: float = 0.0
     """Image-text contrast between a vision-only and a text-only pass."""

@@ -10,6 +10,7 @@ De embedding width, m vision tokens, H joint encoder width, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.batches import random_stream
-from models.captions import CaptionIds
+from models.captions import CaptionIds, CaptionTokenizer
 from models.edje import EDJE
+from models.errors import UserError
 from models.ranks import Ranks
 
 from .config import NegativesConfig, ObjectivesConfig
@@ -180,7 +182,7 @@ class Objectives:
 
     def _mlm(self, model: EDJE, inputs: StepInputs, tokens: Tensor) -> Tensor:
         captions = inputs.captions.truncate(model.max_joint_pieces)
-        masked = self._draw_mask(captions, inputs.rows, model.tokenizer.unk_id)
+        masked = self._draw_mask(captions, inputs.rows, model.tokenizer)
         ids = captions.ids.masked_fill(masked, model.tokenizer.mask_id)
         index = torch.arange(len(captions), device=ids.device)
         packed = model.encoder.pack_pairs(CaptionIds(ids, captions.lengths), tokens, index, index)
@@ -189,13 +191,16 @@ class Objectives:
         # Counts differ by rank: local sum * ranks / global count averages to the mean over all masked tokens.
         return total * self.ranks.size / global_sum(masked.sum(), self.ranks).clamp(min=1)
 
-    def _draw_mask(self, captions: CaptionIds, rows: Tensor, unk_id: int) -> Tensor:
+    def _draw_mask(self, captions: CaptionIds, rows: Tensor, tokenizer: CaptionTokenizer) -> Tensor:
         """[T] bool: pieces to be masked, each with the configured probability; never an unknown word."""
         lengths = captions.lengths.tolist()
         streams = (random_stream(self.seed, MASK, int(row)) for row in rows)
         draws = np.concatenate([s.random(n) for s, n in zip(streams, lengths, strict=True)])
         drawn = torch.from_numpy(draws < self.config.mlm_probability).to(captions.ids.device)
-        return drawn & (captions.ids != unk_id)
+        if self.config.mlm_words:
+            words = torch.tensor(_whole_words(self.config.mlm_words, tokenizer), device=drawn.device)
+            return drawn & torch.isin(captions.ids, words)
+        return drawn & (captions.ids != tokenizer.unk_id)
 
     def _itc(self, model: EDJE, inputs: StepInputs, text_cls: Tensor, image_cls: Tensor) -> Tensor:
         return contrastive_loss(
@@ -207,6 +212,17 @@ class Objectives:
             inputs.excluded,
             model.itc_logit_scale.exp().clamp(max=100),
         )
+
+
+def _whole_words(words: Sequence[str], tokenizer: CaptionTokenizer) -> list[int]:
+    """Vocabulary numbers of `words`. Raises UserError naming those that the vocabulary splits into pieces."""
+    split = [word for word in words if word not in tokenizer.vocab]
+    if split:
+        raise UserError(
+            f"objectives.mlm_words: {', '.join(split)} {'is' if len(split) == 1 else 'are'} no whole word of the "
+            "tokenizer's vocabulary; name words that it does not split"
+        )
+    return [tokenizer.vocab[word] for word in words]
 
 
 def pair_logits(

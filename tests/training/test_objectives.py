@@ -13,6 +13,7 @@ from data.neighbours import CaptionKeys
 from models.captions import CaptionTokenizer, build_vocabulary
 from models.config import AdapterConfig, BackboneConfig, BackboneDims, EDJEConfig, EncoderConfig
 from models.edje import EDJE
+from models.errors import UserError
 from models.ranks import Ranks
 from training.config import NegativesConfig, ObjectivesConfig
 from training.losses import (
@@ -167,16 +168,37 @@ def test_only_objectives_with_a_weight_are_computed(tokenizer):
 def test_mlm_masks_about_half_of_the_words_and_never_an_unknown_one(tokenizer):
     objectives = Objectives(ALL, NegativesConfig(), 0, Ranks())
     captions = tokenizer(["red ball dog cat cube couch" for _ in range(200)] + ["§ § § §"] * 20)
-    masked = objectives._draw_mask(captions, torch.arange(220), tokenizer.unk_id)
+    masked = objectives._draw_mask(captions, torch.arange(220), tokenizer)
     assert 0.45 < masked[:1200].float().mean() < 0.55
     assert (captions.ids[1200:] == tokenizer.unk_id).all() and not masked[1200:].any()
+
+
+def test_mlm_of_chosen_words_masks_these_alone(tokenizer):
+    config = ObjectivesConfig(mlm_words=("ball", "left"), mlm_probability=1.0)
+    captions = tokenizer(CAPTIONS)
+    masked = Objectives(config, NegativesConfig(), 0, Ranks())._draw_mask(captions, torch.arange(6), tokenizer)
+    chosen = torch.tensor([tokenizer.vocab["ball"], tokenizer.vocab["left"]])
+    assert torch.equal(masked, torch.isin(captions.ids, chosen)) and masked.sum() == 3
+
+
+def test_mlm_words_that_the_vocabulary_splits_are_named(tokenizer):
+    objectives = Objectives(ObjectivesConfig(mlm_words=("ball", "beneath")), NegativesConfig(), 0, Ranks())
+    with pytest.raises(UserError, match=r"objectives\.mlm_words: beneath is no whole word"):
+        objectives(build(tokenizer), make_inputs(tokenizer))
+
+
+def test_a_batch_without_the_chosen_words_has_no_mlm_loss(tokenizer):
+    config = ObjectivesConfig(itm=0.0, text_recovery=0.0, mlm_words=("couch",), mlm_probability=1e-9)
+    losses = Objectives(config, NegativesConfig(), 0, Ranks())(build(tokenizer), make_inputs(tokenizer))
+    assert losses.total.item() == 0.0
+    losses.total.backward()
 
 
 def test_the_mask_of_a_row_does_not_depend_on_the_rest_of_the_batch(tokenizer):
     objectives = Objectives(ALL, NegativesConfig(), 0, Ranks())
     captions, rows = tokenizer(CAPTIONS), torch.arange(100, 106)
-    whole = objectives._draw_mask(captions, rows, tokenizer.unk_id)
-    part = objectives._draw_mask(captions.select(torch.tensor([2, 4])), rows[[2, 4]], tokenizer.unk_id)
+    whole = objectives._draw_mask(captions, rows, tokenizer)
+    part = objectives._draw_mask(captions.select(torch.tensor([2, 4])), rows[[2, 4]], tokenizer)
     offsets = captions.offsets
     assert torch.equal(part, torch.cat([whole[offsets[i] : offsets[i + 1]] for i in (2, 4)]))
 
