@@ -121,9 +121,10 @@ class ObjectivesConfig:
     mlm: float = 1.0
     mlm_probability: float = 0.5
     """Share of a caption's tokens that is masked. Published: 0.5."""
-    mlm_words: tuple[str, ...] = ()
-    """Only these words are masked, each with mlm_probability; none named: any token. With few words, the rest of the
-    caption stays and says what to look at: so relations ("left", "above") are learned that random masks hide."""
+    mlm_words: tuple[tuple[str, ...], ...] = ()
+    """Groups of words, such as colours or relations: of each caption only the words of one group that occurs in it are
+    masked, each with mlm_probability (1 hides all of them). What is left then names everything else, so the image must
+    be asked which object has which colour, or stands where; random masks hide that, or let it be guessed."""
     text_recovery: float = 1.0
     itc: float = 0.0
     """Image-text contrast between a vision-only and a text-only pass."""

@@ -193,14 +193,13 @@ class Objectives:
 
     def _draw_mask(self, captions: CaptionIds, rows: Tensor, tokenizer: CaptionTokenizer) -> Tensor:
         """[T] bool: pieces to be masked, each with the configured probability; never an unknown word."""
-        lengths = captions.lengths.tolist()
-        streams = (random_stream(self.seed, MASK, int(row)) for row in rows)
-        draws = np.concatenate([s.random(n) for s, n in zip(streams, lengths, strict=True)])
+        streams = [random_stream(self.seed, MASK, int(row)) for row in rows]
+        draws = np.concatenate([s.random(n) for s, n in zip(streams, captions.lengths.tolist(), strict=True)])
         drawn = torch.from_numpy(draws < self.config.mlm_probability).to(captions.ids.device)
-        if self.config.mlm_words:
-            words = torch.tensor(_whole_words(self.config.mlm_words, tokenizer), device=drawn.device)
-            return drawn & torch.isin(captions.ids, words)
-        return drawn & (captions.ids != tokenizer.unk_id)
+        if not self.config.mlm_words:
+            return drawn & (captions.ids != tokenizer.unk_id)
+        preferences = np.stack([s.random(len(self.config.mlm_words)) for s in streams])
+        return drawn & _words_of_one_group(captions, self.config.mlm_words, tokenizer, torch.from_numpy(preferences))
 
     def _itc(self, model: EDJE, inputs: StepInputs, text_cls: Tensor, image_cls: Tensor) -> Tensor:
         return contrastive_loss(
@@ -214,7 +213,20 @@ class Objectives:
         )
 
 
-def _whole_words(words: Sequence[str], tokenizer: CaptionTokenizer) -> list[int]:
+def _words_of_one_group(
+    captions: CaptionIds, groups: Sequence[Sequence[str]], tokenizer: CaptionTokenizer, preferences: Tensor
+) -> Tensor:
+    """[T] bool: the words of one group a caption, of those that occur in it the one with the highest of
+    `preferences` [C, groups], all above 0."""
+    device = captions.ids.device
+    members = torch.stack([torch.isin(captions.ids, _whole_words(g, tokenizer).to(device)) for g in groups])
+    caption_of = torch.repeat_interleave(captions.lengths)
+    counts = torch.zeros(len(groups), len(captions), device=device).index_add_(1, caption_of, members.float())
+    chosen = (preferences.to(device) * (counts.T > 0)).argmax(1)
+    return members[chosen[caption_of], torch.arange(len(captions.ids), device=device)]
+
+
+def _whole_words(words: Sequence[str], tokenizer: CaptionTokenizer) -> Tensor:
     """Vocabulary numbers of `words`. Raises UserError naming those that the vocabulary splits into pieces."""
     split = [word for word in words if word not in tokenizer.vocab]
     if split:
@@ -222,7 +234,7 @@ def _whole_words(words: Sequence[str], tokenizer: CaptionTokenizer) -> list[int]
             f"objectives.mlm_words: {', '.join(split)} {'is' if len(split) == 1 else 'are'} no whole word of the "
             "tokenizer's vocabulary; name words that it does not split"
         )
-    return [tokenizer.vocab[word] for word in words]
+    return torch.tensor([tokenizer.vocab[word] for word in words])
 
 
 def pair_logits(

@@ -173,29 +173,39 @@ def test_mlm_masks_about_half_of_the_words_and_never_an_unknown_one(tokenizer):
     assert (captions.ids[1200:] == tokenizer.unk_id).all() and not masked[1200:].any()
 
 
-def test_mlm_of_chosen_words_masks_these_alone(tokenizer):
-    config = ObjectivesConfig(mlm_words=("ball", "left"), mlm_probability=1.0)
-    captions = tokenizer(CAPTIONS)
-    masked = Objectives(config, NegativesConfig(), 0, Ranks())._draw_mask(captions, torch.arange(6), tokenizer)
-    chosen = torch.tensor([tokenizer.vocab["ball"], tokenizer.vocab["left"]])
-    assert torch.equal(masked, torch.isin(captions.ids, chosen)) and masked.sum() == 3
+def test_mlm_of_groups_of_words_hides_all_words_of_one_group_that_the_caption_has(tokenizer):
+    groups = (("red", "blue"), ("ball", "cube"), ("couch", "dogs", "dog"))
+    config = ObjectivesConfig(mlm_words=groups, mlm_probability=1.0)
+    captions = tokenizer(CAPTIONS * 20)
+    masked = Objectives(config, NegativesConfig(), 0, Ranks())._draw_mask(captions, torch.arange(120), tokenizer)
+    words = {number: word for word, number in tokenizer.vocab.items()}
+    seen = set()
+    for caption, start, stop in zip(CAPTIONS * 20, captions.offsets, captions.offsets[1:], strict=False):
+        hidden = {words[int(i)] for i in captions.ids[start:stop][masked[start:stop]]}
+        present = [set(group) & set(caption.split()) for group in groups]
+        assert hidden in present if any(present) else not hidden
+        assert hidden or not any(present)
+        seen.add((caption, frozenset(hidden)))
+    assert len(seen) == 2 + 1 + 2 + 1 + 2 + 1  # every group of every caption was drawn at some time
 
 
 def test_mlm_words_that_the_vocabulary_splits_are_named(tokenizer):
-    objectives = Objectives(ObjectivesConfig(mlm_words=("ball", "beneath")), NegativesConfig(), 0, Ranks())
+    objectives = Objectives(ObjectivesConfig(mlm_words=(("ball", "beneath"),)), NegativesConfig(), 0, Ranks())
     with pytest.raises(UserError, match=r"objectives\.mlm_words: beneath is no whole word"):
         objectives(build(tokenizer), make_inputs(tokenizer))
 
 
 def test_a_batch_without_the_chosen_words_has_no_mlm_loss(tokenizer):
-    config = ObjectivesConfig(itm=0.0, text_recovery=0.0, mlm_words=("couch",), mlm_probability=1e-9)
+    config = ObjectivesConfig(itm=0.0, text_recovery=0.0, mlm_words=(("couch",),), mlm_probability=1e-9)
     losses = Objectives(config, NegativesConfig(), 0, Ranks())(build(tokenizer), make_inputs(tokenizer))
     assert losses.total.item() == 0.0
     losses.total.backward()
 
 
-def test_the_mask_of_a_row_does_not_depend_on_the_rest_of_the_batch(tokenizer):
-    objectives = Objectives(ALL, NegativesConfig(), 0, Ranks())
+@pytest.mark.parametrize("words", [(), (("a", "on"), ("left", "dogs"))])
+def test_the_mask_of_a_row_does_not_depend_on_the_rest_of_the_batch(tokenizer, words):
+    config = replace(ALL, mlm_words=words)
+    objectives = Objectives(config, NegativesConfig(), 0, Ranks())
     captions, rows = tokenizer(CAPTIONS), torch.arange(100, 106)
     whole = objectives._draw_mask(captions, rows, tokenizer)
     part = objectives._draw_mask(captions.select(torch.tensor([2, 4])), rows[[2, 4]], tokenizer)
