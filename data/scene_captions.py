@@ -2,7 +2,7 @@
 
 A form is one way to word a caption: a sentence pattern, who is named first, which kinds of attribute are named, which
 synonyms stand for them. All siblings of a family are worded by the same five forms, so their captions consist of the
-same words: only the order, that is the binding, differs.
+same words: only the order, that is the binding, differs. Region captions, for pretraining, describe one object each.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ SYNONYMS = {
 }
 SEEN_FROM = {"left": "to its left", "right": "to its right", "above": "{} it", "below": "{} it"}
 ARTICLES = ("a", "a", "the", "")
+PLACE_MARGIN = 0.1
+"""An object is left of the middle if it is at least this share of the image off it."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,13 @@ class Form:
             for index in self.order[1:]
         )
 
+    def region_caption(self, thing: SceneObject) -> str:
+        """One object and its place in the image, such as "a red circle above to the left"."""
+        vertical = _off_middle(thing.y, "above", "below")
+        horizontal = _off_middle(thing.x, "left", "right")
+        places = [self.words[side].removesuffix(" of") for side in (vertical, horizontal) if side]
+        return " ".join([self._noun_phrase(thing), *places])
+
     def _noun_phrase(self, thing: SceneObject) -> str:
         words = [self.words.get(getattr(thing, kind), getattr(thing, kind)) for kind in self.kinds]
         article = "an" if self.article == "a" and words[0][0] in "aeiou" else self.article
@@ -135,12 +144,25 @@ class CaptionWriter:
         return sum(form.fits(scene, other) for other in candidates)
 
 
+def region_captions(scene: Scene, rng: random.Random) -> list[str]:
+    """A caption for each object of the scene, which it may share with other scenes.
+
+    As in X-VLM (arXiv 2111.08276), which pretrains on descriptions of regions beside captions of whole images."""
+    return [draw_form(len(scene.objects), rng).region_caption(thing) for thing in scene.objects]
+
+
 def draw_form(num_objects: int, rng: random.Random) -> Form:
     """Colour and shape are always named, size and texture each in about half of the captions."""
     order = rng.sample((0, 1), 2) if num_objects == 2 else [0, *rng.sample((1, 2), 2)]
     kinds = tuple(kind for kind in KINDS if kind in ("colour", "shape") or rng.random() < 0.5)
     words = {value: rng.choice(choices) for value, choices in SYNONYMS.items()}
     return Form(rng.choice(PATTERNS[num_objects]), tuple(order), kinds, words, rng.choice(ARTICLES))
+
+
+def _off_middle(position: float, before: str, behind: str) -> str | None:
+    if abs(position - 0.5) < PLACE_MARGIN:
+        return None
+    return before if position < 0.5 else behind
 
 
 def _names(a: SceneObject, b: SceneObject) -> frozenset:

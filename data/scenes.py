@@ -3,9 +3,10 @@
     python -m data.scenes --out data_scenes
     python -m data.scenes --out data_scenes --contact-sheet sheet.png
 
-Writes OUT/images/{train,val,test}/*.png and OUT/dataset_scenes.json (Karpathy layout). What the scenes are and why
-embeddings confuse them stands in data/scene_world.py. All splits together are drawn from one seed; the same arguments
-give the same bytes, and a second start with them finds the work done.
+Writes OUT/images/{train,val,test}/*.png and OUT/dataset_scenes.json (Karpathy layout); and, for pretraining,
+OUT/dataset_scenes_regions.json, whose training scenes have a caption for each of their objects instead. What the scenes
+are and why embeddings confuse them stands in data/scene_world.py. All splits together are drawn from one seed; the same
+arguments give the same bytes, and a second start with them finds the work done.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import groupby
@@ -22,12 +24,13 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data.scene_captions import CaptionWriter
+from data.scene_captions import CaptionWriter, region_captions
 from data.scene_rendering import render_scene
 from data.scene_world import Scene, draw_splits
 from models.errors import UserError, run_entry_point
 
 ANNOTATION_FILE = "dataset_scenes.json"
+REGION_FILE = "dataset_scenes_regions.json"
 FORMAT = 1
 """Counted up when the same arguments begin to give other scenes, so that old folders are written anew."""
 
@@ -49,7 +52,8 @@ def write_scenes(
     annotation_file = out / ANNOTATION_FILE
     previous = read_annotations(annotation_file) if annotation_file.exists() else None
     if previous and previous["generation"] == generation:
-        if all(_image_file(out, image).exists() for image in previous["images"]):
+        files = [out / REGION_FILE, *(_image_file(out, image) for image in previous["images"])]
+        if all(file.exists() for file in files):
             return annotation_file
     splits = draw_splits(sizes, seed)
     images = list(_annotate(splits, seed))
@@ -61,7 +65,9 @@ def write_scenes(
         path.parent.mkdir(parents=True, exist_ok=True)
         # Seeded by the image, not by a running generator: one picture can be drawn again without the others.
         render_scene(scene, image_size, seed=f"{seed} {image['imgid']}").save(path)
-    _write_json(annotation_file, {"dataset": "scenes", "generation": generation, "images": images})
+    document = {"dataset": "scenes", "generation": generation}
+    _write_json(out / REGION_FILE, document | {"images": list(_with_regions(images, scenes, seed))})
+    _write_json(annotation_file, document | {"images": images})
     return annotation_file
 
 
@@ -99,14 +105,30 @@ def _annotate(splits: dict[str, list[Scene]], seed: int) -> Iterator[dict]:
                     "filename": f"scene_{imgid:06d}.png",
                     "split": split,
                     "imgid": imgid,
-                    "sentids": sentids,
-                    "sentences": [
-                        {"raw": raw, "sentid": i, "imgid": imgid} for raw, i in zip(captions, sentids, strict=True)
-                    ],
+                    **_sentences(captions, sentids, imgid),
                     "subset": {2: "two objects", 3: "three objects"}[len(scene.objects)],
                     "scene": asdict(scene),
                 }
                 imgid, sentid = imgid + 1, sentid + len(captions)
+
+
+def _with_regions(images: list[dict], scenes: list[Scene], seed: int) -> Iterator[dict]:
+    """The records, training images with region captions in place of captions; numbered on where captions end."""
+    rng = random.Random(f"regions {seed}")
+    sentid = sum(len(image["sentids"]) for image in images)
+    for image, scene in zip(images, scenes, strict=True):
+        if image["split"] == "train":
+            captions = region_captions(scene, rng)
+            sentids = list(range(sentid, sentid + len(captions)))
+            sentid += len(captions)
+            image = image | _sentences(captions, sentids, image["imgid"])
+        yield image
+
+
+def _sentences(captions: list[str], sentids: list[int], imgid: int) -> dict:
+    """Captions as Karpathy's records have them."""
+    sentences = [{"raw": raw, "sentid": i, "imgid": imgid} for raw, i in zip(captions, sentids, strict=True)]
+    return {"sentids": sentids, "sentences": sentences}
 
 
 def _image_file(out: Path, image: dict) -> Path:

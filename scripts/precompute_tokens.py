@@ -97,8 +97,12 @@ def describe(store: TokenStore, what: str) -> str:
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
     items = read_items(args.images, args.root, args.split)
+    if args.more_captions and args.captions is None:
+        raise UserError("--more-captions: there is no store for them; pass --captions STORE or leave it out")
     if args.captions is not None and not items.captions:
         raise UserError(f"--captions {args.captions}: {args.images} has no captions; pass an annotation file (.json)")
+    for file in args.more_captions:
+        items.captions += load_annotations(file, args.root or file.parent, args.split).captions
     backbone, model = load_models(args, ranks)
     if args.skip_unreadable:
         leave_out_unreadable(items, ranks, args.workers)
@@ -123,6 +127,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", help="of an annotation file; default: all splits")
     parser.add_argument("--out", type=Path, required=True, metavar="STORE", help="directory of the token store")
     parser.add_argument("--captions", type=Path, metavar="STORE", help="also store the captions' embeddings there")
+    parser.add_argument(
+        "--more-captions", type=Path, nargs="+", default=[], metavar="FILE", help="annotation files: their captions too"
+    )
     parser.add_argument("--dtype", default="float16", choices=list(DTYPES), help="of stored tokens (%(default)s)")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of the backbone")
     parser.add_argument("--batch-size", type=int, default=32, help="images a backbone pass (%(default)s)")

@@ -144,9 +144,30 @@ def test_every_image_has_five_different_captions_numbered_through(images):
         assert all(6 <= len(caption.split()) <= 16 for caption in captions_of(image))
 
 
+def test_the_region_file_describes_each_object_of_training_images_and_leaves_the_others_as_they_are(folder, images):
+    with_regions = read_annotations(folder / "dataset_scenes_regions.json")["images"]
+    assert [image["filename"] for image in with_regions] == [image["filename"] for image in images]
+    numbers = [s["sentid"] for image in with_regions + images[: SIZES["train"]] for s in image["sentences"]]
+    assert len(set(numbers)) == len(numbers)
+    for image, plain in zip(with_regions, images, strict=True):
+        if image["split"] != "train":
+            assert image == plain
+            continue
+        for thing, caption in zip(objects_of(image), captions_of(image), strict=True):
+            description = dict(MEANING[word] for word in caption.split() if word in MEANING)
+            assert description.items() <= thing.items() and {"colour", "shape"} <= description.keys(), caption
+            places = {DIRECTION[word] for word in caption.split() if word in DIRECTION}
+            x, y = ((value > 0.6) - (value < 0.4) for value in (thing["x"], thing["y"]))
+            assert places == {(x, 0), (0, y)} - {(0, 0)}, caption
+
+
 def test_the_same_seed_gives_the_same_bytes(folder, images, tmp_path):
     write_scenes(tmp_path, SIZES["train"], SIZES["val"], SIZES["test"], seed=0)
-    for name in ["dataset_scenes.json", *(f"{i['filepath']}/{i['filename']}" for i in images)]:
+    for name in [
+        "dataset_scenes.json",
+        "dataset_scenes_regions.json",
+        *(f"{i['filepath']}/{i['filename']}" for i in images),
+    ]:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 

@@ -139,16 +139,19 @@ def test_two_ranks_write_the_store_of_one_process(files, backbone, tmp_path):
 
 
 def test_patch_tokens_and_captions_of_an_annotation_file(files, backbone, tmp_path):
+    regions = [{"filename": "any.png", "split": "train", "sentences": [{"raw": c} for c in ("a region", CAPTIONS[0])]}]
+    (tmp_path / "regions.json").write_text(json.dumps({"images": regions}))
     run = run_script(
         "--backbone-pretrained", files / "backbone", "--images", files / "annotations.json",
         "--root", files / "images", "--out", tmp_path / "patches", "--captions", tmp_path / "captions",
+        "--more-captions", tmp_path / "regions.json",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     store, captions = TokenStore.open(tmp_path / "patches"), TokenStore.open(tmp_path / "captions")
     store.check(backbone=backbone.fingerprint, adapter="")
     captions.check(backbone=backbone.fingerprint)
-    assert (len(store), captions.ids) == (12, CAPTIONS)
-    assert "12 images" in run.stdout and "3 captions" in run.stdout
+    assert (len(store), captions.ids) == (12, [*CAPTIONS, "a region"])
+    assert "12 images" in run.stdout and "4 captions" in run.stdout
 
 
 def test_images_come_from_a_folder_an_annotation_file_or_a_list(files, tmp_path):
