@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # From a bare checkout to a trained reranker and its report, on two CPU cores: data, embedder, stored tokens, training,
 # evaluation. A second start skips what is done, and a killed one continues. Results: runs/demo/results.json, report.html.
-#   bash scripts/demo.sh                            fine-tunes the committed pretrained EDJE on the committed embedder
-#   bash scripts/demo.sh --pretrain                 pretrains EDJE itself, from random weights (configs/demo_pretrain.yaml);
-#                                                   done once, then fine-tuned by every run on the same data
+#   bash scripts/demo.sh                            starts from the committed pretrained EDJE, on the committed embedder
+#   bash scripts/demo.sh --pretrain                 pretrains EDJE itself, from random weights (configs/demo_pretraining);
+#                                                   done once for all runs that share data
 #   bash scripts/demo.sh --train-embedder           trains the embedder itself too (configs/embedders/scenes.yaml)
 #   OUT=runs/demo_seed1 bash scripts/demo.sh seed=1 another seed on the same data; key=value overrides go to train.py
-# SHARED is the folder of data, embedder and stored tokens; SCENES, options of data.scenes (a smaller set).
+# SHARED is the folder of data, embedder and stored tokens; SCENES, options of data.scenes (a smaller set); STAGES, the
+# configs of the pretraining.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install requirements.txt
 shared=${SHARED:-runs/demo} out=${OUT:-runs/demo}
@@ -35,12 +36,19 @@ else
 fi
 echo "== 3/5 patch tokens and caption embeddings, computed once"
 "$python" scripts/precompute_tokens.py --backbone-pretrained "$embedder" --batch-size 128 \
-    --images "$scenes/dataset_scenes.json" --out "$tokens/images" --captions "$tokens/captions"
+    --images "$scenes/dataset_scenes.json" --out "$tokens/images" --captions "$tokens/captions" \
+    --more-captions "$scenes/dataset_scenes_regions.json"
 if [ "$pretrained" = configs/pretrained/scenes ]; then
-    echo "== 4/5 fine-tuning of $pretrained (pretrained on the same training scenes by configs/demo_pretrain.yaml)"
+    echo "== 4/5 ITM from $pretrained (pretrained on the same training scenes by configs/demo_pretraining)"
 else
-    echo "== 4/5 pretraining, then fine-tuning"
-    "$python" train.py --config configs/demo_pretrain.yaml output="$pretrained" "${features[@]}" "${overrides[@]}"
+    echo "== 4/5 pretraining, then ITM"
+    previous=""
+    for stage in ${STAGES:-configs/demo_pretraining/*.yaml}; do
+        run=$pretrained/$(basename "$stage" .yaml)
+        "$python" train.py --config "$stage" output="$run" model.init_from="$previous" "${features[@]}" "${overrides[@]}"
+        previous=$run
+    done
+    pretrained=$previous
 fi
 "$python" train.py --config configs/demo.yaml output="$out" model.init_from="$pretrained" "${features[@]}" \
     "${overrides[@]}"

@@ -3,7 +3,7 @@
 Both run the product's own step (read, features, losses, backward, update) on the same rows and model, alternating.
 From images a step decodes its files and runs the frozen backbone once; from stores it reads what that pass gave. The
 backbone is a ViT-B/16 at 224 px with random weights (speed does not depend on them); the trained model is the demo's
-(configs/demo_pretrain.yaml: 16 vision tokens, 4 layers of width 128), which leaves the backbone the larger share, as
+(configs/demo.yaml: 16 vision tokens, 4 layers of width 128), which leaves the backbone the larger share, as
 it is where training time is worth saving.
 """
 
@@ -63,14 +63,14 @@ def benchmark_train(device: torch.device, rounds: int, batch_size: int) -> dict[
 def _config(root: Path, batch_size: int, from_store: bool) -> RunConfig:
     stores = [f"data.store={root / 'tokens'}", f"data.caption_store={root / 'captions'}"]
     return load_config(
-        ROOT / "configs" / "demo_pretrain.yaml",
+        ROOT / "configs" / "demo.yaml",
         [
             *(stores if from_store else ["data.store=", "data.caption_store="]),
             f"backbone={{name: {BACKBONE.name}, pretrained: {BACKBONE.pretrained}}}",
             f"data.root={root}",
             f"output={root / 'run'}",
             "negatives.pool=batch",
-            "objectives.align_steps=0",
+            "model.init_from=",
             f"training.batch_size={batch_size}",
             "training.steps=100000",
         ],

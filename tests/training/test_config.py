@@ -8,7 +8,11 @@ import yaml
 from models.errors import UserError
 from training.config import RunConfig, load_config, save_config
 
-CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+CONFIGS = sorted(
+    path
+    for folder in ("configs", "configs/demo_pretraining")
+    for path in (Path(__file__).parents[2] / folder).glob("*.yaml")
+)
 
 
 def write(path: Path, **content) -> Path:
