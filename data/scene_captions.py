@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from data.scene_world import KINDS, Scene, SceneObject, holds, relation_of
+from data.scene_world import KINDS, VALUES, Scene, SceneObject, holds, relation_of
 
 CAPTIONS_PER_IMAGE = 5
 MAX_WORDS = 16
@@ -157,6 +157,17 @@ def draw_form(num_objects: int, rng: random.Random) -> Form:
     kinds = tuple(kind for kind in KINDS if kind in ("colour", "shape") or rng.random() < 0.5)
     words = {value: rng.choice(choices) for value, choices in SYNONYMS.items()}
     return Form(rng.choice(PATTERNS[num_objects]), tuple(order), kinds, words, rng.choice(ARTICLES))
+
+
+def word_kinds() -> dict[str, dict[str, str]]:
+    """For each kind of word that tells scenes apart (KINDS and `relation`), its words and the value that each means."""
+    kinds = {kind: {word: value for value in VALUES[kind] for word in _words(value)} for kind in KINDS}
+    return kinds | {"relation": {word: side for side in ("left", "right", "above", "below") for word in _words(side)}}
+
+
+def _words(value: str) -> Sequence[str]:
+    """ "left" has phrases, "to the left of", which differ from those of "right" in one word."""
+    return (value,) if value in ("left", "right") else SYNONYMS.get(value, (value,))
 
 
 def _off_middle(position: float, before: str, behind: str) -> str | None:

@@ -1,0 +1,49 @@
+"""Filling in hidden words, with the committed weights on scenes that they never saw."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from data.caption_datasets import load_annotations
+from data.scene_captions import word_kinds
+from data.scenes import write_scenes
+from models.backbone import Backbone
+from models.errors import UserError
+from scripts.scene_words import fill_in, main
+from tests.tiny_model import make_model, write_backbone
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def annotations(tmp_path_factory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("scenes"), num_train=0, num_val=80, num_test=0, seed=5)
+
+
+def test_the_committed_weights_have_learned_every_kind(annotations, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", str(ROOT / "configs/pretrained/scenes"), str(annotations)])
+    monkeypatch.chdir(ROOT)
+    main()
+    table = capsys.readouterr().out
+    assert set(re.findall(r"^\| (\w+) \| \d", table, re.M)) == set(word_kinds())
+    shares = [int(share) for share in re.findall(r"(\d+)%", table)]
+    assert len(shares) == 10 and min(shares) > 65 and sum(shares) / 10 > 80
+
+
+def test_a_model_that_knows_none_of_the_words_is_an_error(annotations, tmp_path):
+    model = make_model(Backbone.load(write_backbone(tmp_path / "backbone")), tmp_path / "vocab.txt")
+    dataset = load_annotations(annotations, annotations.parent, "val")
+    with pytest.raises(UserError, match="none of the words heart; it is of other captions"):
+        fill_in(model, torch.zeros(len(dataset), 4, 16), dataset, {"heart": "heart"})
+
+
+def test_the_stages_that_hide_all_kinds_name_all_their_words():
+    kinds = [set(words) for words in word_kinds().values()]
+    for stage in ("4_binding", "5_regions"):
+        config = yaml.safe_load((ROOT / f"configs/demo_pretraining/{stage}.yaml").read_text())
+        groups = [set(group) for group in config["objectives"]["mlm_words"]]
+        assert all(kind in groups for kind in kinds) and all(group in kinds for group in groups)
