@@ -1,6 +1,6 @@
 """Copy a run's newest checkpoint into a directory to share: half the bytes, no optimizer state, no local path.
 
-python scripts/export_checkpoint.py runs/demo/pretrained/8_all --out configs/pretrained/scenes \
+python scripts/export_checkpoint.py runs/demo/pretrained/7_relations --out configs/pretrained/scenes \
     --backbone-pretrained configs/embedders/scenes-vit
 
 Fine-tuning starts from it (model.init_from=DIR) and Reranker.from_pretrained loads it. Weights are rounded to float16;
