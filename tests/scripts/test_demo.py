@@ -13,7 +13,6 @@ SMALL = [
     "training.steps=4",
     "training.batch_size=16",
     "training.checkpoint_every=2",
-    "objectives.align_steps=2",
     "negatives.group_size=4",
     "evaluation.k=5",
 ]
@@ -23,11 +22,11 @@ SMALL = [
 STAGES = [f"configs/demo_pretraining/{name}.yaml" for name in ("1_align", "6_places")]
 
 
-def demo(out: Path, *options: str) -> subprocess.CompletedProcess:
+def demo(out: Path, shared: Path, *options: str) -> subprocess.CompletedProcess:
     environment = os.environ | {
         "EDJE_PYTHON": sys.executable,
         "OUT": str(out),
-        "SHARED": str(out),
+        "SHARED": str(shared),
         "SCENES": "--train 60 --val 12 --test 12",
         "STAGES": " ".join(STAGES),
     }
@@ -40,24 +39,28 @@ def demo(out: Path, *options: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_demo_ends_with_its_table_and_a_second_start_skips_what_is_done(tmp_path):
-    first = demo(tmp_path)
+def test_the_demo_ends_with_its_table_a_second_start_only_evaluates_and_pretraining_is_an_option(tmp_path):
+    shared, out = tmp_path / "shared", tmp_path / "demo"
+    first = demo(out, shared)
     assert first.returncode == 0, first.stderr[-3000:]
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text())
     assert (results["images"], results["captions"], results["split"]) == (12, 60, "test")
     assert {"embedding", "reranked", "fused"} <= results["t2i"].keys() & results["i2t"].keys()
-    assert (tmp_path / "report.html").stat().st_size > 5000
+    assert (out / "report.html").stat().st_size > 5000
     last_lines = "\n".join(first.stdout.splitlines()[-25:])
     assert "EDJE" in last_lines and "R@1" in last_lines and "report.html" in last_lines
-    weights = tmp_path / "checkpoints" / "step-00000004" / "model.safetensors"
-    written = weights.stat().st_mtime_ns
-    # Pretraining is done, though the first start did without; the run that started from other weights is complete.
-    second = demo(tmp_path, "--pretrain")
+    made = [out / "checkpoints" / "step-00000004" / "model.safetensors", shared / "scenes" / "dataset_scenes.json"]
+    written = [file.stat().st_mtime_ns for file in made]
+    second = demo(out, shared)
     assert second.returncode == 0, second.stderr[-3000:]
-    assert weights.stat().st_mtime_ns == written
-    repeated = json.loads((tmp_path / "results.json").read_text())
+    assert [file.stat().st_mtime_ns for file in made] == written
+    repeated = json.loads((out / "results.json").read_text())
     assert repeated["t2i"] == results["t2i"] and repeated["i2t"] == results["i2t"]
-    stages = [tmp_path / "pretrained" / Path(stage).stem for stage in STAGES]
+    pretrained = demo(tmp_path / "own", shared, "--pretrain")
+    assert pretrained.returncode == 0, pretrained.stderr[-3000:]
+    stages = [shared / "pretrained" / Path(stage).stem for stage in STAGES]
     assert all((stage / "checkpoints" / "step-00000004" / "model.safetensors").is_file() for stage in stages)
-    assert yaml.safe_load((stages[1] / "config.yaml").read_text())["model"]["init_from"] == str(stages[0])
-    assert f"init_from: {stages[1]}" in (tmp_path / "config.yaml").read_text()
+    starts = [
+        yaml.safe_load((run / "config.yaml").read_text())["model"]["init_from"] for run in (*stages, tmp_path / "own")
+    ]
+    assert starts == ["", *map(str, stages)]
