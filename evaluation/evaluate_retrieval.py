@@ -16,7 +16,7 @@ import logging
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,13 +28,15 @@ from evaluation.output import markdown_table, results_json, write_results
 from evaluation.report import write_report
 from evaluation.results import Results, choose_lambda
 from evaluation.retrieval import check_pool, evaluate
-from models.backbone import Backbone
 from models.checkpoint import CONFIG_FILE, resolve_checkpoint, write_config
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
 from models.precision import dtype_name, fastest_dtype
 from models.ranks import Ranks, process_group
 from models.token_store import TokenStore
+
+if TYPE_CHECKING:
+    from models.backbone import Backbone
 
 BENCHMARKS = {"flickr30k": "dataset_flickr30k.json", "coco": "dataset_coco.json"}
 """Names that --dataset takes for a file, and that file under --data-root."""
@@ -134,6 +136,8 @@ class Evaluator:
             precision = ranks.gather_objects(dtype_name(fastest_dtype(ranks.device)))[0]
         backbone = None
         if store is None or caption_store is None:
+            from models.backbone import Backbone  # open_clip takes seconds to import
+
             config = model.config.backbone
             if arguments.backbone:
                 config = replace(config, pretrained=arguments.backbone)

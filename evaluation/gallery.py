@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.caption_datasets import CaptionDataset
-from models.backbone import Backbone
 from models.checkpoint import adapter_fingerprint
 from models.edje import EDJE
 from models.errors import UserError
@@ -27,6 +27,9 @@ from models.ranks import Ranks
 from models.token_store import TokenStore
 
 from .blocks import Stopwatch, blocks, own_blocks, progress_bar, run_blocks, share_blocks
+
+if TYPE_CHECKING:
+    from models.backbone import Backbone
 
 IMAGES_PER_BLOCK = 32
 CAPTIONS_PER_BLOCK = 256

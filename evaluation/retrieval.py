@@ -12,13 +12,13 @@ N candidates, C captions, k candidates reranked a query, D kept, De embedding wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.caption_datasets import CaptionDataset
-from models.backbone import Backbone
 from models.captions import CaptionIds
 from models.edje import EDJE
 from models.errors import UserError
@@ -30,6 +30,9 @@ from .blocks import Stopwatch, blocks, own_blocks, progress_bar, run_blocks
 from .gallery import Gallery, build_gallery
 from .metrics import RECALL_DEPTHS
 from .results import DirectionResults, Results
+
+if TYPE_CHECKING:
+    from models.backbone import Backbone
 
 QUERIES_PER_BLOCK = 256
 DIRECTIONS = ("t2i", "i2t")

@@ -9,13 +9,13 @@ import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from data.batches import BatchPlan, TrainingBatches
 from data.caption_datasets import CaptionDataset, load_annotations, read_field
 from data.neighbours import CaptionKeys, nearest_images
-from models.backbone import Backbone
 from models.captions import CaptionTokenizer, build_vocabulary
 from models.checkpoint import load_state
 from models.config import BackboneDims, EDJEConfig
@@ -26,6 +26,9 @@ from models.ranks import Ranks
 from models.token_store import TokenStore
 
 from .config import NegativesConfig, RunConfig
+
+if TYPE_CHECKING:
+    from models.backbone import Backbone
 
 log = logging.getLogger("edje")
 
@@ -44,6 +47,8 @@ class Features:
 def open_features(config: RunConfig, ranks: Ranks) -> Features:
     """Open the run's stores, or load its backbone where there are none (with stores no backbone is loaded at all)."""
     if not config.data.store:
+        from models.backbone import Backbone  # open_clip takes seconds to import
+
         backbone = Backbone.load(config.backbone, ranks.device, config.training.precision)
         return Features(backbone.dims, backbone.fingerprint, backbone=backbone)
     store, captions = TokenStore.open(config.data.store), TokenStore.open(config.data.caption_store)
