@@ -63,9 +63,10 @@ def main() -> None:
     dataset = load_annotations(arguments.annotations, arguments.annotations.parent, arguments.split)
     objects = [len(scene["objects"]) for scene in read_scenes(arguments.annotations, dataset)]
     gallery = build_gallery(model, Backbone.load(model.config.backbone), dataset, Ranks())
+    tokens = gallery.tokens(torch.arange(len(dataset)))
     print("| hidden | right with two objects | with three |\n|---|---|---|")
     for kind, values in word_kinds().items():
-        found = fill_in(model, gallery.tokens(torch.arange(len(dataset))), dataset, values)
+        found = fill_in(model, tokens, dataset, values)
         of_count = {n: [right for image, right in found if objects[image] == n] for n in (2, 3)}
         print(f"| {kind} | {' | '.join(f'{100 * sum(r) / max(1, len(r)):.0f}%' for r in of_count.values())} |")
 
