@@ -22,9 +22,9 @@ from models.checkpoint import read_config, write_config, write_latest
 from models.config import AdapterConfig, EDJEConfig, EncoderConfig
 from models.edje import EDJE
 from models.errors import UserError
+from tests.processes import ROOT, run_script
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "evaluation" / "evaluate_retrieval.py"
+SCRIPT = "evaluation/evaluate_retrieval.py"
 GAIN_KEYS = {"helped", "hurt", "gain_R@1_ci95"}
 DIRECTION_KEYS = {"embedding", "reranked", "pool_ceiling"} | GAIN_KEYS
 FUSED_KEYS = {"fused"} | {f"fused_{key}" for key in GAIN_KEYS}
@@ -134,8 +134,8 @@ def test_stores_named_by_the_run_stand_for_images_and_backbone(run, tmp_path, sc
 
 
 def launch(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), *map(str, arguments)]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", *torchrun, SCRIPT, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 
@@ -152,7 +152,7 @@ def test_rankings_are_bit_identical_for_any_number_of_processes(run, tmp_path, p
 
 
 def test_bad_input_ends_in_one_line_and_exit_code_2(run, tmp_path):
-    ended = launch(1, "--checkpoint", run, "--k", 13, "--out", tmp_path / "out")
+    ended = run_script(SCRIPT, "--checkpoint", run, "--k", 13, "--out", tmp_path / "out")
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert ended.stderr.strip().splitlines()[-1].startswith("error: k is 13, but the gallery has 12 images")
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,5 @@
 """Exporting a run: half the bytes, nothing of the run's machine, scores that agree with the run's own."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,8 @@ from models.checkpoint import write_latest
 from models.edje import EDJE
 from models.errors import UserError
 from scripts.export_checkpoint import export_checkpoint
+from tests.processes import run_script
 from tests.tiny_model import CAPTIONS, make_model, write_backbone
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -54,7 +51,6 @@ def test_weights_that_float16_cannot_hold_are_refused_and_nothing_is_written(tmp
 
 
 def test_a_wrong_source_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "export_checkpoint.py", tmp_path / "none", "--out", tmp_path / "copy"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_script("scripts/export_checkpoint.py", tmp_path / "none", "--out", tmp_path / "copy")
     assert result.returncode == 2
     assert str(tmp_path / "none") in result.stderr and "Traceback" not in result.stderr

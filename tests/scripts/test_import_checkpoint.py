@@ -3,8 +3,6 @@
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,10 @@ from models.edje import EDJE
 from models.errors import UserError
 from models.published import read_published
 from scripts.import_checkpoint import import_checkpoint
+from tests.processes import ROOT, run_script
 
-ROOT = Path(__file__).parents[2]
 CASE = ROOT / "tests" / "parity" / "tiny_m4"
+SCRIPT = "scripts/import_checkpoint.py"
 WORDS = "language_model.bert.embeddings.word_embeddings.weight"
 
 
@@ -199,18 +198,13 @@ def test_a_wrong_config_is_named(tmp_path, text):
         read_published(CASE / "checkpoint.safetensors", tmp_path / "config.json")
 
 
-def run_script(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts" / "import_checkpoint.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/")
-
-
 def test_the_command_writes_a_checkpoint_that_loads(tmp_path):
-    done = run_script(CASE / "checkpoint.safetensors", "--out", tmp_path / "out", "--config", CASE / "config.json")
+    done = run_script(SCRIPT, CASE / "checkpoint.safetensors", "--config", CASE / "config.json", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert EDJE.from_pretrained(tmp_path / "out").config.num_vision_tokens == 4
+    assert EDJE.from_pretrained(tmp_path).config.num_vision_tokens == 4
 
 
 def test_the_command_ends_with_code_2_and_one_line_on_bad_input(tmp_path):
-    failed = run_script(tmp_path / "absent.pth", "--out", tmp_path / "out")
+    failed = run_script(SCRIPT, tmp_path / "absent.pth", "--out", tmp_path / "out")
     assert failed.returncode == 2 and len(failed.stderr.splitlines()) == 1
     assert "absent.pth: no such file" in failed.stderr and not (tmp_path / "out").exists()

@@ -17,10 +17,10 @@ from models.images import open_image
 from models.indexing import precompute, precompute_captions
 from models.token_store import TokenStore
 from scripts.precompute_tokens import read_items
+from tests.processes import ROOT, run_script
 from tests.tiny_model import CAPTIONS, make_model, write_backbone, write_images
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "precompute_tokens.py"
+SCRIPT = "scripts/precompute_tokens.py"
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +55,12 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def run_script(*arguments, torchrun: int = 0) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
-    command = [
-        sys.executable,
-        *launcher,
-        str(SCRIPT),
-        *map(str, arguments),
-        "--device",
-        "cpu",
-        "--precision",
-        "float32",
-    ]
+def run(*arguments, torchrun: int = 0) -> subprocess.CompletedProcess:
+    arguments = [*arguments, "--device", "cpu", "--precision", "float32"]
+    if not torchrun:
+        return run_script(SCRIPT, *arguments)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
+    command = [sys.executable, *launcher, ROOT / SCRIPT, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd="/")
 
 
@@ -126,10 +120,10 @@ def test_an_interrupted_run_continues_to_identical_bytes(files, backbone, tmp_pa
 
 
 def test_two_ranks_write_the_store_of_one_process(files, backbone, tmp_path):
-    run = run_script(
+    done = run(
         "--checkpoint", files / "checkpoint", "--images", files / "images", "--out", tmp_path / "two", torchrun=2
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    assert done.returncode == 0, done.stderr
     paths, ids = paths_and_ids(files, 150)
     one = precompute(tmp_path / "one", paths, ids, backbone, EDJE.from_pretrained(files / "checkpoint"), progress=False)
     two = TokenStore.open(tmp_path / "two")
@@ -141,17 +135,17 @@ def test_two_ranks_write_the_store_of_one_process(files, backbone, tmp_path):
 def test_patch_tokens_and_captions_of_an_annotation_file(files, backbone, tmp_path):
     regions = [{"filename": "any.png", "split": "train", "sentences": [{"raw": c} for c in ("a region", CAPTIONS[0])]}]
     (tmp_path / "regions.json").write_text(json.dumps({"images": regions}))
-    run = run_script(
+    done = run(
         "--backbone-pretrained", files / "backbone", "--images", files / "annotations.json",
         "--root", files / "images", "--out", tmp_path / "patches", "--captions", tmp_path / "captions",
         "--more-captions", tmp_path / "regions.json",
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    assert done.returncode == 0, done.stderr
     store, captions = TokenStore.open(tmp_path / "patches"), TokenStore.open(tmp_path / "captions")
     store.check(backbone=backbone.fingerprint, adapter="")
     captions.check(backbone=backbone.fingerprint)
     assert (len(store), captions.ids) == (12, [*CAPTIONS, "a region"])
-    assert "12 images" in run.stdout and "4 captions" in run.stdout
+    assert "12 images" in done.stdout and "4 captions" in done.stdout
 
 
 def test_images_come_from_a_folder_an_annotation_file_or_a_list(files, tmp_path):
@@ -189,11 +183,11 @@ def test_the_script_names_unreadable_images_and_leaves_them_out_when_asked(files
     names = write_images(tmp_path / "images", 4)
     (tmp_path / "images" / names[1]).write_bytes(b"no image")
     command = ["--checkpoint", files / "checkpoint", "--images", tmp_path / "images"]
-    refused = run_script(*command, "--out", tmp_path / "refused")
+    refused = run(*command, "--out", tmp_path / "refused")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert f"error: {tmp_path / 'images' / names[1]}: not an image" in refused.stderr
     assert not (tmp_path / "refused" / "manifest.json").exists()
-    skipped = run_script(*command, "--out", tmp_path / "skipped", "--skip-unreadable")
+    skipped = run(*command, "--out", tmp_path / "skipped", "--skip-unreadable")
     assert skipped.returncode == 0 and f"left out: {tmp_path / 'images' / names[1]}" in skipped.stderr
     assert TokenStore.open(tmp_path / "skipped").ids == [names[0], *names[2:]]
 

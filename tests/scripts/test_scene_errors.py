@@ -1,10 +1,8 @@
 """The breakdown of errors by what separates scenes, on hand-made rankings."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 
@@ -12,8 +10,7 @@ from data.caption_datasets import CaptionDataset
 from evaluation.output import results_json, write_results
 from evaluation.results import DirectionResults, Results
 from scripts.scene_errors import count_errors, difference
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_script
 
 
 def scene(family: int, *objects: tuple[str, str]) -> dict:
@@ -74,9 +71,8 @@ def test_the_command_prints_a_table_and_refuses_other_files_in_one_line(tmp_path
     (tmp_path / "few.json").write_text(json.dumps({"images": images[:2]}))
     (tmp_path / "plain.json").write_text(json.dumps({"images": [{"filename": "a.png"}]}))
 
-    def run(first: str, second: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, ROOT / "scripts" / "scene_errors.py", tmp_path / first, tmp_path / second]
-        return subprocess.run(command, capture_output=True, text=True)
+    def run(first: str, second: str) -> CompletedProcess:
+        return run_script("scripts/scene_errors.py", tmp_path / first, tmp_path / second)
 
     good = run("rankings.npz", "scenes.json")
     assert good.returncode == 0 and "| places | 1 | 100.0% | 0.0% |" in good.stdout

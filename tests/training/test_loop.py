@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,18 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-
-
-def command(config: Path, *overrides: str, ranks: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--standalone"]
-    return [*launcher, str(ROOT / "train.py"), "--config", str(config), *overrides]
+from tests.processes import ROOT, run_script, start_script
 
 
 def run(config: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    return subprocess.run(command(config, *overrides, ranks=ranks), capture_output=True, text=True, cwd="/")
+    if ranks == 1:
+        return run_script("train.py", "--config", config, *overrides)
+    torchrun = ["torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--standalone"]
+    command = [sys.executable, "-m", *torchrun, ROOT / "train.py", "--config", config, *overrides]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/")
 
 
 def train(config: Path, *overrides: str, ranks: int = 1) -> None:
@@ -70,14 +65,13 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(run_config, stores, tmp_pat
     train(run_config, *shared, f"output={tmp_path / 'straight'}")
     output = tmp_path / "killed"
     for least in (3, 9):
-        process = subprocess.Popen(
-            command(run_config, *shared, f"output={output}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and len(losses(output) if (output / "metrics.jsonl").exists() else []) < least:
+        arguments = ["--config", run_config, *shared, f"output={output}"]
+        process = start_script("train.py", *arguments, out=tmp_path / "out", err=tmp_path / "err")
+        while process.is_alive() and len(losses(output) if (output / "metrics.jsonl").exists() else []) < least:
             time.sleep(0.01)
-        assert process.poll() is None, "the run ended before it could be killed"
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.is_alive(), "the run ended before it could be killed"
+        process.kill()
+        process.join()
     train(run_config, *shared, f"output={output}")
     assert_same_weights(tmp_path / "straight", output)
     assert losses(tmp_path / "straight") == losses(output)
