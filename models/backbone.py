@@ -16,7 +16,7 @@ import logging
 import math
 import pickle
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -141,8 +141,9 @@ class Backbone(nn.Module):
 
     def _autocast(self) -> AbstractContextManager:
         # Weights stay in float32; matrix products run in bfloat16.
-        enabled = self.autocast_dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        if self.autocast_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     def _stage_maps(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
         """Feature maps [B, channels, height, width] of the chosen stages, and the embedding [B, De] before its norm."""
