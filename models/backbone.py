@@ -140,10 +140,11 @@ class Backbone(nn.Module):
             ) from None
 
     def _autocast(self) -> AbstractContextManager:
-        # Weights stay in float32; matrix products run in bfloat16.
-        if self.autocast_dtype == torch.float32:
+        # Weights stay in float32; matrix products run in bfloat16. Float32 holds inside a caller's autocast too.
+        device = self.device.type
+        if not torch.amp.is_autocast_available(device):  # the meta device, which only has shapes
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast_dtype != torch.float32)
 
     def _stage_maps(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
         """Feature maps [B, channels, height, width] of the chosen stages, and the embedding [B, De] before its norm."""

@@ -147,6 +147,13 @@ def test_bfloat16_stays_close_to_float32(vit):
     assert (exact.embedding * fast.embedding).sum(-1).min() > 0.999
 
 
+def test_float32_holds_inside_a_callers_autocast(vit):
+    backbone, pixels = load(vit), torch.randn(2, 3, 32, 32)
+    expected = backbone.encode_images(pixels).patch_tokens
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(backbone.encode_images(pixels).patch_tokens, expected)
+
+
 def test_preprocess_is_deterministic_and_survives_pickling(vit):
     preprocess = load(vit).preprocess
     image = Image.effect_noise((50, 37), 80).convert("RGB")
