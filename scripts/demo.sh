@@ -42,13 +42,7 @@ if [ "$pretrained" = configs/pretrained/scenes ]; then
     echo "== 4/5 ITM from $pretrained (pretrained on the same training scenes by configs/demo_pretraining)"
 else
     echo "== 4/5 pretraining, then ITM"
-    previous=""
-    for stage in ${STAGES:-configs/demo_pretraining/*.yaml}; do
-        run=$pretrained/$(basename "$stage" .yaml)
-        "$python" train.py --config "$stage" output="$run" model.init_from="$previous" "${features[@]}" "${overrides[@]}"
-        previous=$run
-    done
-    pretrained=$previous
+    pretrain "$pretrained" "${STAGES:-configs/demo_pretraining/*.yaml}" "${features[@]}" "${overrides[@]}"
 fi
 "$python" train.py --config configs/demo.yaml output="$out" model.init_from="$pretrained" "${features[@]}" \
     "${overrides[@]}"

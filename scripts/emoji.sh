@@ -25,11 +25,6 @@ install requirements.txt requirements-emoji.txt
     --captions "$base/caption_embeddings"
 features=(data.root="$root" data.store="$base/patch_tokens" data.caption_store="$base/caption_embeddings"
     backbone.pretrained="$base/embedder" backbone.token_stages="[$stages]" backbone.token_grid=$grid)
-previous=""
-for stage in configs/emoji_pretraining/*.yaml; do
-    run=$base/$(basename "$stage" .yaml)
-    "$python" train.py --config "$stage" output="$run" model.init_from="$previous" "${features[@]}"
-    previous=$run
-done
-"$python" train.py --config configs/emoji.yaml output="$out" model.init_from="$previous" "${features[@]}" "$@"
+pretrain "$base" "configs/emoji_pretraining/*.yaml" "${features[@]}"
+"$python" train.py --config configs/emoji.yaml output="$out" model.init_from="$pretrained" "${features[@]}" "$@"
 "$python" evaluation/evaluate_retrieval.py --checkpoint "$out" --out "$out"

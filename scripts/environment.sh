@@ -16,3 +16,16 @@ install() {
     "$python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
     echo "$wanted" >> "$stamp"
 }
+
+# pretrain FOLDER CONFIGS [key=value ...]: one config after the other, each run in FOLDER and starting from the one
+# before, the first from initial weights. $pretrained is then the last run.
+pretrain() {
+    local folder=$1 configs=$2 config run
+    shift 2
+    pretrained=""
+    for config in $configs; do
+        run=$folder/$(basename "$config" .yaml)
+        "$python" train.py --config "$config" output="$run" model.init_from="$pretrained" "$@"
+        pretrained=$run
+    done
+}

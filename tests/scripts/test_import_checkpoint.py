@@ -199,9 +199,10 @@ def test_a_wrong_config_is_named(tmp_path, text):
 
 
 def test_the_command_writes_a_checkpoint_that_loads(tmp_path):
-    done = run_script(SCRIPT, CASE / "checkpoint.safetensors", "--config", CASE / "config.json", "--out", tmp_path)
+    out = tmp_path / "out"
+    done = run_script(SCRIPT, CASE / "checkpoint.safetensors", "--config", CASE / "config.json", "--out", out)
     assert done.returncode == 0, done.stderr
-    assert EDJE.from_pretrained(tmp_path).config.num_vision_tokens == 4
+    assert EDJE.from_pretrained(out).config.num_vision_tokens == 4
 
 
 def test_the_command_ends_with_code_2_and_one_line_on_bad_input(tmp_path):
