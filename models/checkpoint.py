@@ -175,8 +175,9 @@ def adapter_fingerprint(config: EDJEConfig, state: dict[str, Tensor]) -> str:
     `state` is a model's state dict, or only its `adapter.*` entries; other entries do not matter, and neither does
     their device. Weights are compared as float32: a copy cast to bfloat16 is another adapter."""
     settings = to_dict(config.adapter)
-    for initial in ("query_std", "places"):  # stored tokens depend on the weights that training made of these
-        del settings[initial]
+    # Stored tokens depend on the weights that training made of these, and the weights' names tell the blocks.
+    for told_by_weights in ("query_std", "places", "learn_queries", "num_blocks"):
+        del settings[told_by_weights]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in sorted(name for name in state if name.startswith("adapter.")):
         tensor = state[name].detach().to("cpu", torch.float32).contiguous()

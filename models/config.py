@@ -44,14 +44,23 @@ class BackboneDims:
     """De, width of the image and text embedding."""
 
 
+ADAPTER_KINDS = ("compression", "local", "pooling", "kmeans")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """From patch tokens [B, P, Dv] to vision tokens [B, m, H]."""
 
     kind: str = "compression"
-    """`compression`: num_tokens learned queries attend over the patches. `local`: an MLP per patch, no compression."""
+    """`compression`: num_tokens learned queries attend over the patches. `local`: an MLP per patch, no compression.
+    Ablations of the attention: `pooling`: the MLP on num_tokens means over the cells of a grid; `kmeans`: on the
+    num_tokens centres of the image's own patches."""
     num_tokens: int = 64
-    """m for `compression`. Published: 64. Ignored by `local`, where m = P."""
+    """m. Published: 64. Ignored by `local`, where m = P."""
+    num_blocks: int = 1
+    """compression: blocks of attention and MLP, one after the other, over the same patches. Published: 1."""
+    learn_queries: bool = True
+    """compression: False keeps the queries at their random start, an ablation."""
     mlp_width: int = 8192
     """Hidden width of the adapter's MLP. Published: 8192."""
     num_heads: int = 16
@@ -69,10 +78,16 @@ class AdapterConfig:
     tell where they lie, so that "left of" cannot be learned from vision tokens. 0, the paper's: none."""
 
     def __post_init__(self):
-        if self.kind not in ("compression", "local"):
-            raise UserError(f"adapter.kind is {self.kind!r}; expected 'compression' or 'local'")
-        if self.num_tokens < 1:
-            raise UserError(f"adapter.num_tokens is {self.num_tokens}; it must be at least 1")
+        if self.kind not in ADAPTER_KINDS:
+            raise UserError(f"adapter.kind is {self.kind!r}; expected one of {', '.join(ADAPTER_KINDS)}")
+        for key in ("num_tokens", "num_blocks"):
+            if getattr(self, key) < 1:
+                raise UserError(f"adapter.{key} is {getattr(self, key)}; it must be at least 1")
+        if self.kind != "compression" and (self.num_blocks > 1 or not self.learn_queries):
+            raise UserError(
+                f"adapter.num_blocks and adapter.learn_queries are for adapter.kind 'compression', not {self.kind!r}; "
+                "drop them"
+            )
         if self.query_std is not None and not 0 < self.query_std < math.inf:
             raise UserError(f"adapter.query_std is {self.query_std}; it must be above 0 and finite")
         if not 0 <= self.places < math.inf:
@@ -133,4 +148,4 @@ class EDJEConfig:
     @property
     def num_vision_tokens(self) -> int:
         """m: vision tokens an image has in the joint input."""
-        return self.adapter.num_tokens if self.adapter.kind == "compression" else self.dims.num_patches
+        return self.dims.num_patches if self.adapter.kind == "local" else self.adapter.num_tokens

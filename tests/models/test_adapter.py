@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.adapter import TokenCompressionAdapter, build_adapter
+from models.adapter import TokenCompressionAdapter, build_adapter, nearest_centres
 from models.config import AdapterConfig, BackboneDims
 from models.errors import UserError
 from models.places import place_codes
@@ -75,3 +75,83 @@ def test_places_need_a_square_grid_and_a_width_of_quarters():
         AdapterConfig(places=-1.0)
     with pytest.raises(UserError, match="no effect with adapter.places"):
         AdapterConfig(places=1.0, query_std=4.0)
+
+
+def small(kind: str, **changes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_adapter(AdapterConfig(kind=kind, mlp_width=8, num_heads=4, **changes), dims(), 16)
+
+
+@pytest.mark.parametrize("num_tokens, rows, columns", [(1, 1, 1), (8, 2, 4), (16, 4, 4)])
+def test_pooling_is_the_mlp_of_the_mean_of_each_cell(num_tokens, rows, columns):
+    adapter, patches = small("pooling", num_tokens=num_tokens), torch.randn(2, 64, 64)
+    high, wide = 8 // rows, 8 // columns
+    square = patches.view(2, 8, 8, 64)
+    cells = [
+        square[:, r * high : (r + 1) * high, c * wide : (c + 1) * wide].mean((1, 2))
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    expected = adapter.fc2(torch.nn.functional.gelu(adapter.fc1(torch.stack(cells, 1))))
+    assert torch.allclose(adapter(patches), expected, atol=1e-5)
+
+
+def test_kmeans_finds_the_objects_of_an_image_wherever_they_lie():
+    adapter = small("kmeans", num_tokens=4)
+    objects = 10 * torch.randn(4, 64)
+    belongs = torch.arange(64).view(8, 8) // 4 % 2 + 2 * (torch.arange(64).view(8, 8) // 32)
+    belongs[0, :3] = 3  # what a mean over a cell of the grid mixes
+    patches = objects[belongs.flatten()][None]
+    expected = adapter.fc2(torch.nn.functional.gelu(adapter.fc1(objects)))
+    assert torch.allclose(adapter(patches)[0], expected, atol=1e-4)
+
+
+def test_kmeans_clusters_each_image_by_itself_and_survives_empty_clusters():
+    patches = torch.randn(3, 64, 16)
+    patches[1] = patches[1, :1]  # one patch everywhere: all but one cluster empty
+    cluster = nearest_centres(patches, patches[:, :6])
+    for image in range(3):
+        alone = nearest_centres(patches[image : image + 1], patches[image : image + 1, :6])
+        assert torch.equal(alone[0], cluster[image])
+    assert small("kmeans", num_tokens=6)(torch.zeros(1, 64, 64)).isfinite().all()
+
+
+def test_fixed_queries_get_no_gradient_and_the_rest_of_the_adapter_does():
+    adapter = small("compression", num_tokens=4, learn_queries=False)
+    adapter(torch.randn(2, 64, 64)).square().sum().backward()
+    without = {name for name, parameter in adapter.named_parameters() if parameter.grad is None}
+    assert without == {"query"}
+    assert torch.equal(adapter.query, small("compression", num_tokens=4).query)
+
+
+def test_further_blocks_refine_the_tokens_and_all_of_them_learn():
+    adapter, patches = small("compression", num_tokens=4, num_blocks=3), torch.randn(2, 64, 64)
+    tokens = adapter(patches)
+    assert tokens.shape == (2, 4, 16)
+    tokens.square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters() if parameter.ndim > 1)
+    first = small("compression", num_tokens=4)
+    assert {name for name, _ in first.named_parameters()} == {
+        name for name, _ in adapter.named_parameters() if not name.startswith("further.")
+    }
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kind": "mean"}, "expected one of compression, local, pooling, kmeans"),
+        ({"kind": "pooling", "num_blocks": 2}, "for adapter.kind 'compression', not 'pooling'"),
+        ({"kind": "local", "learn_queries": False}, "for adapter.kind 'compression', not 'local'"),
+        ({"num_blocks": 0}, "num_blocks is 0"),
+    ],
+)
+def test_impossible_adapters_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        AdapterConfig(**options)
+
+
+def test_pooling_needs_a_square_grid_of_no_fewer_cells():
+    with pytest.raises(UserError, match="50 patches"):
+        build_adapter(AdapterConfig(kind="pooling", num_tokens=4), dims(num_patches=50), 16)
+    with pytest.raises(UserError, match="1 x 11 cells"):
+        build_adapter(AdapterConfig(kind="kmeans", num_tokens=11), dims(), 16)
