@@ -1,6 +1,7 @@
 """Line charts as inline SVG: no plotting library, no script; colours come from the page's CSS variables.
 
 svg = line_chart([Line("EDJE", [1, 2, 5], [50.0, 60.0, 61.0], "accent")], "R@1 by pool size", "k", "%")
+file = scatter_charts([("bytes an image", [Point("m = 16", 4096, 82.5, 0.5)])], "R@1, %", ("embedding alone", 71.6))
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 48, 16, 14, 38
 MOST_POINTS = 400
 """Points a line keeps: more than there are pixels would only make the page heavy."""
+SCATTER_STYLE = (
+    ".grid{stroke:#8088943f}.mid{text-anchor:middle}.end{text-anchor:end}.point{fill:#3b76f0}"
+    ".spread{stroke:#3b76f0;stroke-width:1.5}.level{stroke:#808894;stroke-dasharray:5 4}"
+)
+"""A file of its own has no page that could give it colours."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,16 @@ class Line:
     color: str
     """Name of a CSS variable of the page, without dashes: muted, accent, second, third, fourth."""
     dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement, with the deviation of y."""
+
+    name: str
+    x: float
+    y: float
+    deviation: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,56 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str) ->
         f'<figure><figcaption>{escape(title)}<span class="unit">{escape(y_label)}</span></figcaption>{_legend(lines)}'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
     )
+
+
+def scatter_charts(panels: Sequence[tuple[str, Sequence[Point]]], y_label: str, level: tuple[str, float]) -> str:
+    """An SVG file of its own, panels side by side: (label of the x axis, points), x in powers of two, y shared.
+
+    `level` is drawn as a horizontal line. The colours suit light and dark pages."""
+    ys = [y for _, points in panels for p in points for y in (p.y - p.deviation, p.y + p.deviation)] + [level[1]]
+    y_ticks = ticks(min(ys), max(ys))
+    y_scale = _Scale(y_ticks[0], max(y_ticks[-1], y_ticks[0] + 1e-9), HEIGHT - BOTTOM, TOP)
+    drawn = [
+        f'<g transform="translate({number * WIDTH} 20)">{_panel(label, points, y_ticks, y_scale, level)}</g>'
+        for number, (label, points) in enumerate(panels)
+    ]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {len(panels) * WIDTH} {HEIGHT + 20}" '
+        f'font-family="system-ui, sans-serif" font-size="12" fill="#808894"><style>{SCATTER_STYLE}</style>'
+        f'<text x="{LEFT - 30}" y="16">{escape(y_label)}</text>{"".join(drawn)}</svg>\n'
+    )
+
+
+def _panel(label: str, points: Sequence[Point], y_ticks: list[float], y_scale: _Scale, level: tuple[str, float]) -> str:
+    exponents = [math.log2(point.x) for point in points]
+    first = math.floor(min(exponents))
+    x_ticks = [float(e) for e in range(first, max(math.ceil(max(exponents)), first + 1) + 1)]
+    x_scale = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
+    parts = _grid([], y_ticks, x_scale, y_scale)
+    for e in x_ticks:
+        parts.append(f'<text x="{x_scale(e):.1f}" y="{HEIGHT - BOTTOM + 18}" class="axis mid">{_number(2**e)}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" class="axis mid">{escape(label)}</text>')
+    y = y_scale(level[1])
+    parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="level"/>')
+    parts.append(f'<text x="{LEFT + 4}" y="{y - 5:.1f}">{escape(level[0])}</text>')
+    taken: list[tuple[float, float]] = [(LEFT + 4, y - 5)]
+    for point in sorted(points, key=lambda point: -point.y):
+        x, y = x_scale(math.log2(point.x)), y_scale(point.y)
+        low, high = y_scale(point.y - point.deviation), y_scale(point.y + point.deviation)
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" class="spread"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" class="point"/>')
+        parts.append(_name(point.name, x, y, taken))
+    return "".join(parts)
+
+
+def _name(name: str, x: float, y: float, taken: list[tuple[float, float]]) -> str:
+    """A point's name beside it, inside the panel, lower where another name stands already."""
+    width = 6.5 * len(name)
+    left = x + 8 if x + 8 + width < WIDTH else x - 8 - width
+    while any(abs(left - other) < width and abs(y + 4 - line) < 13 for other, line in taken):
+        y += 2
+    taken.append((left, y + 4))
+    return f'<text x="{left:.1f}" y="{y + 4:.1f}">{escape(name)}</text>'
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:

@@ -1,0 +1,134 @@
+"""Train and evaluate a list of configs with several seeds: one table, and one plot of recall against what it costs.
+
+python scripts/ablate.py configs/demo_ablations/*.yaml --seeds 0 1 2 --out runs/ablations
+python scripts/ablate.py configs/demo_ablations/*.yaml --out runs/ablations training.steps=100      overrides, for all
+
+Runs lie in OUT/CONFIG/seedN: what is done is skipped, what was killed continues. The first config is the one that the
+others are compared with. Written: OUT/ablations.json, ablations.md, ablations.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evaluation.charts import Point, scatter_charts
+from models.checkpoint import replace_text
+from models.edje import EDJE
+from models.errors import UserError, run_entry_point
+from scripts.results_table import cell
+
+ROOT = Path(__file__).resolve().parents[1]
+BYTES_PER_VALUE = 2
+"""Tokens are stored in float16."""
+DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
+
+
+def run(config: Path, seed: int, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Train and evaluate one config with one seed, unless its results are there. Returns one measurement."""
+    results = folder / "results.json"
+    if not results.is_file():
+        train = ["train.py", "--config", str(config), f"output={folder}", f"seed={seed}", *overrides]
+        for command in (train, ["evaluation/evaluate_retrieval.py", "--checkpoint", folder, "--out", folder]):
+            print("$", *command, flush=True)
+            status = subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode
+            if status:
+                raise UserError(f"{config}: {command[0]} ended with exit status {status}; what it said stands above")
+    found = json.loads(results.read_text())
+    return {"seed": seed, **{d: found[d] for d in DIRECTIONS}, "pairs_per_second": found["pairs_per_second"]}
+
+
+def describe(config: Path, folder: Path, k: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A config's entry in ablations.json: what it stores and costs, and R@1 of every seed."""
+    model = EDJE.from_pretrained(folder)
+    tokens, width = model.config.num_vision_tokens, model.config.encoder.hidden_size
+    columns = [c for c in ("reranked", "fused") if all(c in r[d] for r in runs for d in DIRECTIONS)]
+    return {
+        "name": config.stem,
+        "vision_tokens": tokens,
+        "bytes_per_image": tokens * width * BYTES_PER_VALUE,
+        "trained_parameters": sum(p.numel() for p in model.parameters()),
+        "milliseconds_per_query": 1000 * k / statistics.median(r["pairs_per_second"] for r in runs),
+        "seeds": [r["seed"] for r in runs],
+        "R@1": {d: {c: [r[d][c]["R@1"] for r in runs] for c in ("embedding", *columns)} for d in DIRECTIONS},
+    }
+
+
+def difference(values: list[float], base: list[float]) -> str:
+    """Difference of two means over seeds, with twice its standard error where both have several seeds."""
+    points = statistics.mean(values) - statistics.mean(base)
+    if min(len(values), len(base)) < 2:
+        return f"{points:+.1f}"
+    error = 2 * math.sqrt(statistics.variance(values) / len(values) + statistics.variance(base) / len(base))
+    return f"{points:+.1f} ± {error:.1f}" + (" (noise)" if abs(points) <= error else "")
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """Markdown, a row a config. R@1 in percent, by the match logit alone and fused: mean ± deviation over seeds."""
+    first = entries[0]
+    columns = [c for c in ("reranked", "fused") if all(c in e["R@1"]["t2i"] for e in entries)]
+    names = {"reranked": "logit", "fused": "fused"}
+    header = ["config", "m", "bytes an image", "ms a query", "seeds"]
+    header += [f"{d.upper()} {names[c]}" for d in DIRECTIONS for c in columns] + [f"against {first['name']}, T2I logit"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for entry in entries:
+        cells = [entry["name"], entry["vision_tokens"], f"{entry['bytes_per_image']:,}"]
+        cells += [f"{entry['milliseconds_per_query']:.1f}", len(entry["seeds"])]
+        cells += [cell(entry["R@1"][d][c]) for d in DIRECTIONS for c in columns]
+        values, base = entry["R@1"]["t2i"]["reranked"], first["R@1"]["t2i"]["reranked"]
+        cells.append("" if entry is first else difference(values, base))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def plot(entries: list[dict[str, Any]]) -> str:
+    """Two panels: T2I R@1 of the match logit against bytes an image, and against milliseconds a query."""
+    panels = []
+    for key, label in (("bytes_per_image", "bytes an image"), ("milliseconds_per_query", "ms a query")):
+        points = []
+        for entry in entries:
+            recalls = entry["R@1"]["t2i"]["reranked"]
+            spread = statistics.stdev(recalls) if len(recalls) > 1 else 0.0
+            points.append(Point(entry["name"], entry[key], statistics.mean(recalls), spread))
+        panels.append((label, points))
+    level = statistics.mean(entries[0]["R@1"]["t2i"]["embedding"])
+    return scatter_charts(panels, "text to image R@1 of the match logit, %", ("embedding alone", level))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", help="YAML files, then key=value overrides for all of them")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default: runs/ablations")
+    arguments = parser.parse_intermixed_args()
+    overrides = [text for text in arguments.configs if "=" in text]
+    configs = [Path(text) for text in arguments.configs if "=" not in text]
+    missing = [str(path) for path in configs if not path.is_file()]
+    if missing or not configs:
+        raise UserError(f"{', '.join(missing) or 'no config given'}: no such file; pass YAML files of runs")
+    if len({path.stem for path in configs}) < len(configs):
+        raise UserError("two configs have one file name; runs are kept by it, so give them different names")
+    entries = []
+    for config in configs:
+        folders = {seed: arguments.out / config.stem / f"seed{seed}" for seed in arguments.seeds}
+        runs = [run(config, seed, folder, overrides) for seed, folder in folders.items()]
+        results = json.loads((folders[arguments.seeds[0]] / "results.json").read_text())
+        entries.append(describe(config, folders[arguments.seeds[0]], results["k"], runs))
+        replace_text(arguments.out / "ablations.json", json.dumps(entries, indent=1) + "\n")
+    replace_text(arguments.out / "ablations.svg", plot(entries))
+    replace_text(arguments.out / "ablations.md", table(entries) + "\n")
+    print(table(entries))
+    print(f"Plot: {arguments.out / 'ablations.svg'}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,71 @@
+"""Ablations as a user runs them: every config trained and evaluated once, what is done skipped, noise called noise."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+import yaml
+
+from evaluation.charts import Point, scatter_charts
+from scripts.ablate import difference
+from tests.processes import run_script
+
+
+def test_configs_are_trained_evaluated_and_compared_and_a_second_start_only_draws(run_config, stores, tmp_path):
+    pooled = tmp_path / "pooled.yaml"
+    pooled.write_text(yaml.safe_dump({"base": run_config.name, "model": {"adapter": {"kind": "pooling"}}}))
+    out = tmp_path / "ablations"
+    command = ["scripts/ablate.py", run_config, pooled, "--out", out]
+    command += ["training.steps=2", f"data.store={stores[0]}", f"data.caption_store={stores[1]}"]
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    entries = json.loads((out / "ablations.json").read_text())
+    assert [(e["name"], e["vision_tokens"], e["bytes_per_image"]) for e in entries] == [
+        ("run", 4, 4 * 32 * 2),
+        ("pooled", 4, 4 * 32 * 2),
+    ]
+    assert entries[0]["trained_parameters"] > entries[1]["trained_parameters"]
+    for entry in entries:
+        measured = json.loads((out / entry["name"] / "seed0" / "results.json").read_text())
+        assert entry["R@1"]["t2i"]["reranked"] == [measured["t2i"]["reranked"]["R@1"]]
+        assert entry["R@1"]["i2t"]["embedding"] == [measured["i2t"]["embedding"]["R@1"]]
+    table, plot = (out / "ablations.md").read_text(), (out / "ablations.svg").read_text()
+    assert table in done.stdout and table.count("\n") == 4
+    assert all(plot.count(f">{entry['name']}<") == 2 for entry in entries)
+    again = run_script(*command)
+    assert again.returncode == 0 and "$ train.py" not in again.stdout
+    assert (out / "ablations.md").read_text() == table
+
+
+def test_a_difference_within_twice_its_standard_error_is_noise():
+    assert difference([82.0, 83.0, 81.0], [80.0, 82.5, 81.5]).endswith("(noise)")
+    assert difference([90.0, 91.0, 90.5], [80.0, 81.0, 80.5]) == "+10.0 ± 0.8"
+    assert difference([90.0], [80.0]) == "+10.0"
+
+
+@pytest.mark.parametrize("arguments, words", [(["none.yaml"], "none.yaml"), (["training.steps=1"], "no config given")])
+def test_without_configs_nothing_runs(tmp_path, arguments, words):
+    done = run_script("scripts/ablate.py", *arguments, "--out", tmp_path / "out")
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_fails_is_named(tmp_path):
+    config = tmp_path / "broken.yaml"
+    config.write_text("training: {steps: 0}\n")
+    done = run_script("scripts/ablate.py", config, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "training.steps is 0" in done.stderr
+    assert f"{config}: train.py ended with exit status 2" in done.stderr.splitlines()[-1]
+
+
+def test_names_of_points_do_not_overlap_and_all_lies_inside():
+    points = [Point(f"m{i}", 4096.0, 80.0 + i / 10, 0.5) for i in range(6)] + [Point("long_name", 16384.0, 90.0, 0.0)]
+    svg = ET.fromstring(scatter_charts([("bytes", points)], "R@1", ("embedding", 71.0)))
+    _, _, width, height = map(float, svg.get("viewBox").split())
+    texts = [t for t in svg.iter("{http://www.w3.org/2000/svg}text") if t.text.startswith(("m", "long"))]
+    places = [(float(t.get("x")), float(t.get("y"))) for t in texts]
+    assert len(places) == 7
+    assert all(
+        0 < x < width - 6.5 * len(t.text) + 1 and 0 < y < height for (x, y), t in zip(places, texts, strict=True)
+    )
+    assert all(abs(a[0] - b[0]) > 20 or abs(a[1] - b[1]) >= 13 for i, a in enumerate(places) for b in places[:i])
