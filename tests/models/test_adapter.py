@@ -1,5 +1,7 @@
 """How adapters start, and places; what the compression adapter computes is checked in test_parity.py."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from models.adapter import TokenCompressionAdapter, build_adapter, nearest_centr
 from models.config import AdapterConfig, BackboneDims
 from models.errors import UserError
 from models.places import place_codes
+from training.config import load_config
 
 
 def dims(num_patches: int = 64, patch_width: int = 64) -> BackboneDims:
@@ -155,3 +158,14 @@ def test_pooling_needs_a_square_grid_of_no_fewer_cells():
         build_adapter(AdapterConfig(kind="pooling", num_tokens=4), dims(num_patches=50), 16)
     with pytest.raises(UserError, match="1 x 11 cells"):
         build_adapter(AdapterConfig(kind="kmeans", num_tokens=11), dims(), 16)
+
+
+ABLATIONS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_every_ablation_compresses_the_patches_of_its_backbone(path):
+    config = load_config(path).model.adapter
+    siglip2_l16 = BackboneDims(num_patches=576, patch_width=1024, embedding_width=1024)
+    adapter = build_adapter(config, siglip2_l16, hidden_size=384)
+    assert adapter(torch.randn(1, 576, 1024)).shape == (1, config.num_tokens, 384)
