@@ -82,8 +82,9 @@ class AdapterConfig:
     def __post_init__(self):
         if self.kind not in ("compression", "local"):
             raise UserError(f"adapter.kind is {self.kind!r}; expected 'compression' or 'local'")
-        if self.num_tokens < 1:
-            raise UserError(f"adapter.num_tokens is {self.num_tokens}; it must be at least 1")
+        for name in ("num_tokens", "mlp_width", "num_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"adapter.{name} is {getattr(self, name)}; it must be at least 1")
         if self.query_std is not None and not 0 < self.query_std < math.inf:
             raise UserError(f"adapter.query_std is {self.query_std}; it must be above 0 and finite")
         if not 0 <= self.places < math.inf:
@@ -113,7 +114,7 @@ class EncoderConfig:
     attention_dropout: float = 0.1
 
     def __post_init__(self):
-        if self.hidden_size % self.num_heads:
+        if self.num_heads < 1 or self.hidden_size % self.num_heads:
             raise UserError(
                 f"encoder.hidden_size is {self.hidden_size}; "
                 f"it must be a multiple of encoder.num_heads ({self.num_heads})"
