@@ -10,6 +10,7 @@ images.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -34,8 +35,8 @@ _CARD = """\
 
 # {name}
 
-[EDJE](https://arxiv.org/abs/2510.06820) reranks images with text: a joint encoder of {parameters} scores
-a caption with {tokens} vision tokens of width {width} an image, which are computed once and stored.
+[EDJE](https://arxiv.org/abs/2510.06820) reranks images with text: a joint encoder of {layers} layers scores a
+caption with {tokens} vision tokens of width {width} an image, which are computed once and stored.
 
 ## Use
 
@@ -90,13 +91,13 @@ def model_card(
     return _CARD.format(
         metadata=yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False),
         name=name,
-        parameters=f"{encoder.num_layers} layers of width {encoder.hidden_size}",
+        layers=encoder.num_layers,
         tokens=config.num_vision_tokens,
         width=encoder.hidden_size,
         backbone=_describe(backbone),
         fingerprint=config.backbone_fingerprint or "not recorded",
         measured="\n\n".join(measured) or "This checkpoint was not evaluated.",
-        pieces=config.max_caption_tokens - 3,
+        pieces=config.max_caption_tokens - 3,  # [CLS] and two [SEP]
         more_limits=_RESIDUAL if config.residual_similarity else "",
     )
 
@@ -108,10 +109,14 @@ def _describe(backbone: BackboneConfig) -> str:
     """The models that encode images and captions."""
     if not (backbone.name or backbone.pretrained):
         return "Which backbone it was trained with is not recorded; set `backbone` in config.yaml."
-    clip = f"open_clip model `{backbone.name or backbone.pretrained}`"
-    clip += f" with weights `{backbone.pretrained}`" if backbone.name else ""
+    clip = f"open_clip {_named(backbone.name, backbone.pretrained)}"
     if not backbone.token_pretrained:
         return f"{clip}, for patch tokens and embeddings."
-    tokens = f"timm model `{backbone.token_model or backbone.token_pretrained}`"
-    tokens += f" with weights `{backbone.token_pretrained}`" if backbone.token_model else ""
+    tokens = f"timm {_named(backbone.token_model, backbone.token_pretrained)}"
     return f"{tokens}, for patch tokens, and {clip}, for embeddings."
+
+
+def _named(name: str, pretrained: str) -> str:
+    """Architecture and weights; of a path on this machine, which is nobody else's business, the last part."""
+    weights = Path(pretrained).name if Path(pretrained).is_absolute() else pretrained
+    return f"model `{name}` with weights `{weights}`" if name else f"model `{weights}`"

@@ -67,6 +67,7 @@ def _results_of(run: Path, checkpoint: Path) -> list[Path]:
 
 
 def _is_of(results: dict[str, Any], checkpoint: Path) -> bool:
+    # By the step directory's name: the path was written as the evaluation was given it, maybe on another machine.
     return Path(results["checkpoint"]).name == checkpoint.name
 
 

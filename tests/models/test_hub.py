@@ -195,6 +195,9 @@ def test_the_card_names_both_models_of_a_backbone(model):
     assert "timm model `test_vit` with weights `r160_in1k`, for patch tokens" in card
     assert "open_clip model `ViT-B-32` with weights `openai`, for embeddings" in card
     assert "contains the first stage's cosine" in card
+    local = BackboneConfig(pretrained="/home/someone/clips/tiny")
+    card = model_card(replace(model.config, backbone=local), "tiny")
+    assert "open_clip model `tiny`, for patch tokens and embeddings" in card and "/home" not in card
 
 
 def test_repositories_of_the_papers_backbones_are_open_clips():
