@@ -1,4 +1,4 @@
-"""Copy a run's newest checkpoint into a directory to share: half the bytes, a model card, nothing of the run's machine.
+"""Copy a run's newest checkpoint into a directory to share: half the bytes, a model card, no optimizer state.
 
 python scripts/export_checkpoint.py runs/demo/pretrained/7_relations --out configs/pretrained/scenes \
     --backbone-pretrained configs/embedders/scenes-vit
