@@ -1,21 +1,29 @@
 """The frozen CLIP-style model: one pass of the image tower gives patch tokens and embedding; a text pass an embedding.
 
-Any open_clip model serves: ViTs (openai, dfn2b, metaclip: QuickGELU architectures by name), timm towers (SigLIP 2),
-and convolutional timm towers, whose stage maps become tokens (BackboneConfig.token_stages, token_grid). Weights come
-from an open_clip tag, a file, a directory (open_clip_config.json, open_clip_model.safetensors, tokenizer files), or are
-random.
+Any open_clip model serves. Weights come from an open_clip tag, a file, a directory (open_clip_config.json,
+open_clip_model.safetensors, tokenizer files), or are random. What its patch tokens are:
 
-Shapes: B images, S image side, P patch tokens, Dv patch width, De embedding width, C captions.
+CLIP, DFN, MetaCLIP   last block's patches after `ln_post`, class token left out, before the projection `proj`. In terms
+                      of `transformers`: CLIPVisionModel's post_layernorm(last_hidden_state)[:, 1:]. These weights want
+                      the QuickGELU architectures (ViT-L-14-quickgelu); a tag on another activation is refused.
+SigLIP 2              last block's patches after the final norm, what the attention-pooling head reads; there is no
+                      class token. SiglipVisionModel's last_hidden_state, but that timm computes the exact GELU in the
+                      base and large towers where `transformers` has its tanh approximation (off by 5e-4 at most).
+other timm towers     the trunk's features after its final norm, class and register tokens left out.
+convolutional towers  maps of chosen stages on one grid (BackboneConfig.token_stages, token_grid).
+`token_model`         tokens of a second, timm model (DINOv2, ...) with its own preprocessing; embeddings and text
+                      stay the open_clip model's. One image pass of each.
+
+Shapes: B images, S image side, T side of the token model's image, P patch tokens, Dv patch width, De embedding width,
+C captions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -30,20 +38,18 @@ import torch.nn.functional as F
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from safetensors import SafetensorError
+from PIL import Image
 from torch import Tensor, nn
 
 from .config import BackboneConfig, BackboneDims
 from .errors import UserError
-from .places import grid_places, place_codes
+from .towers import LOAD_ERRORS, TokenTower, first_line, maps_to_tokens, short_hash, stage_maps, weights_hash
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 TEXT_BATCH = 256
 # Hugging Face's fast tokenizers refuse to be used by two threads at once ("Already borrowed").
 _TOKENIZER_LOCK = Lock()
-# What loading a file can raise: absent or damaged files, tensors of another architecture.
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -51,23 +57,47 @@ class ImageFeatures:
     """What one pass of the image tower gives."""
 
     patch_tokens: Tensor
-    """[B, P, Dv] float32, e.g. [32, 576, 1024]: after the tower's final norm, class token left out."""
+    """[B, P, Dv] float32, e.g. [32, 576, 1024]: what this module's first lines say for each family."""
     embedding: Tensor
     """[B, De] float32, L2-normalised."""
 
 
-class Backbone(nn.Module):
-    """A frozen open_clip model in eval mode. `preprocess` is the deterministic PIL image -> [3, S, S] transform; it can
-    be pickled, so data-loader workers may hold it without the model."""
+@dataclass(frozen=True)
+class BothPixels:
+    """PIL image -> what the open_clip model and the token model want to see of it, as one row: [3*S*S + 3*T*T].
 
-    def __init__(self, config: BackboneConfig, clip: nn.Module, autocast_dtype: torch.dtype, weights: str):
+    Sides, crops and normalisation differ; a row stacks, moves and pickles like any other pixels."""
+
+    clip: Callable[[Image.Image], Tensor]
+    tokens: Callable[[Image.Image], Tensor]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return torch.cat([self.clip(image).flatten(), self.tokens(image).flatten()])
+
+
+class Backbone(nn.Module):
+    """A frozen open_clip model in eval mode, and the token model where there is one. `preprocess` is the deterministic
+    transform from a PIL image to pixels, [3, S, S] or BothPixels' row; it can be pickled, so data-loader workers may
+    hold it without the model."""
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        clip: nn.Module,
+        autocast_dtype: torch.dtype,
+        weights: str,
+        token_tower: TokenTower | None = None,
+    ):
         super().__init__()
         self.config = config
-        self.clip = clip.eval().requires_grad_(False)
+        self.clip, self.token_tower = clip, token_tower
+        self.eval().requires_grad_(False)
         self.autocast_dtype = autocast_dtype
         self.preprocess = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
+        if token_tower is not None:
+            self.preprocess = BothPixels(self.preprocess, token_tower.preprocess)
         self.dims = self._measure()
-        self.fingerprint = _fingerprint(config, clip, weights)
+        self.fingerprint = _fingerprint(config, clip, weights, token_tower)
 
     @classmethod
     def load(cls, config: BackboneConfig, device: str | torch.device = "cpu", precision: str = "auto") -> Backbone:
@@ -84,8 +114,9 @@ class Backbone(nn.Module):
             dtype = fastest_dtype(torch.device(device))
         else:
             dtype = getattr(torch, precision)
+        token_tower = TokenTower.load(config).to(device) if config.token_pretrained else None
         clip, weights = _load_clip(config)
-        backbone = cls(config, clip.to(device), dtype, weights)
+        backbone = cls(config, clip.to(device), dtype, weights, token_tower)
         if config.pretrained != "random":
             _ = backbone.tokenizer  # a tokenizer that is missing shows now, not after the images were encoded
         return backbone
@@ -101,12 +132,21 @@ class Backbone(nn.Module):
     # no_grad rather than inference_mode: the adapter keeps these tokens for its own backward pass.
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> ImageFeatures:
-        """Preprocessed images [B, 3, S, S] -> patch tokens [B, P, Dv] and embedding [B, De], from one forward."""
+        """What `preprocess` gave of B images, stacked -> patch tokens [B, P, Dv] and embedding [B, De].
+
+        One forward of the image tower gives both; with a token model, one of each tower."""
         pixels = pixels.to(self.device)
         with self._autocast():
-            if self.config.token_stages:
-                maps, embedding = self._stage_maps(pixels)
-                tokens = _maps_to_tokens(maps, self.config.token_grid)
+            if self.token_tower is not None:
+                shapes = (3, *open_clip.utils.to_2tuple(self.clip.visual.image_size)), self.token_tower.pixel_shape
+                own, theirs = pixels.split([math.prod(shape) for shape in shapes], dim=1)
+                tokens = self.token_tower(theirs.unflatten(1, shapes[1]))
+                embedding = self.clip.encode_image(own.unflatten(1, shapes[0]))
+            elif self.config.token_stages:
+                visual = self.clip.visual
+                last, maps = stage_maps(visual.trunk, pixels, self.config.token_stages)
+                tokens = maps_to_tokens(maps, self.config.token_grid)
+                embedding = visual.head(visual.trunk.forward_head(last))
             else:
                 output = self.clip.visual.forward_intermediates(
                     pixels, indices=1, normalize_intermediates=True, output_fmt="NLC"
@@ -135,7 +175,7 @@ class Backbone(nn.Module):
             return open_clip.get_tokenizer(name)
         except LOAD_ERRORS as error:
             raise UserError(
-                f"backbone {name}: its tokenizer cannot be loaded ({_first_line(error)}); "
+                f"backbone {name}: its tokenizer cannot be loaded ({first_line(error)}); "
                 "put the tokenizer files beside the weights, or run once where the model hub can be reached"
             ) from None
 
@@ -146,53 +186,28 @@ class Backbone(nn.Module):
             return nullcontext()
         return torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast_dtype != torch.float32)
 
-    def _stage_maps(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Feature maps [B, channels, height, width] of the chosen stages, and the embedding [B, De] before its norm."""
-        visual = self.clip.visual
-        pixels = pixels.contiguous(memory_format=torch.channels_last)  # convolutions run 1.8 times as fast on a CPU
-        last, maps = visual.trunk.forward_intermediates(pixels, indices=list(self.config.token_stages))
-        return maps, visual.head(visual.trunk.forward_head(last))
-
     def _measure(self) -> BackboneDims:
         """Sizes from a pass over one blank image, after the checks that such a pass needs."""
-        visual, stages = self.clip.visual, self.config.token_stages
-        if stages and not isinstance(visual, TimmModel):
+        visual, stages, alone = self.clip.visual, self.config.token_stages, self.token_tower is None
+        if alone and stages and not isinstance(visual, TimmModel):
             raise UserError(
                 f"backbone.token_stages is {list(stages)}, but the image tower is not a timm model; leave it empty"
             )
-        if not hasattr(visual, "forward_intermediates"):
+        if alone and not hasattr(visual, "forward_intermediates"):
             raise UserError(f"backbone {self.config.name}: image tower {type(visual).__name__} gives no patch tokens")
-        blank = torch.zeros(1, 3, *open_clip.utils.to_2tuple(visual.image_size))
+        blank = self.preprocess(Image.new("RGB", (64, 64)))[None]
         try:
             features = self.encode_images(blank)
         except (AssertionError, IndexError) as error:
+            names = (self.config.name, self.config.pretrained)
+            names = names if alone else (self.config.token_model, self.config.token_pretrained)
             raise UserError(
-                f"backbone {self.config.name or self.config.pretrained}: no patch tokens with token_stages "
-                f"{list(stages)} ({_first_line(error)}); a convolutional tower needs token_stages and token_grid, "
+                f"backbone {names[0] or names[1]}: no patch tokens with token_stages "
+                f"{list(stages)} ({first_line(error)}); a convolutional tower needs token_stages and token_grid, "
                 "e.g. [2, 3, 4] and 10, a ViT needs neither"
             ) from None
         _, patches, width = features.patch_tokens.shape
         return BackboneDims(num_patches=patches, patch_width=width, embedding_width=features.embedding.shape[1])
-
-
-def _maps_to_tokens(maps: list[Tensor], grid: int) -> Tensor:
-    """Stage maps -> [B, grid*grid, sum of channels + 16]: resampled to one grid, each stage normalised by itself.
-
-    The norm stands in for the final norm of a ViT: stages differ in scale by an order of magnitude. The last channels
-    say where on the grid a token stands, as a ViT's position embeddings do and a convolution's map does not."""
-    tokens = []
-    for stage in maps:
-        stage = F.interpolate(stage.float(), size=(grid, grid), mode="bilinear", antialias=True, align_corners=False)
-        rows = stage.flatten(2).transpose(1, 2)  # [B, grid*grid, channels]
-        tokens.append(F.layer_norm(rows, rows.shape[-1:]))
-    tokens.append(_grid_positions(grid, maps[0].device).expand(len(maps[0]), -1, -1))
-    return torch.cat(tokens, dim=-1)
-
-
-def _grid_positions(grid: int, device: torch.device) -> Tensor:
-    """[grid*grid, 16]: codes of the grid's places at four frequencies, of unit variance."""
-    frequencies = math.pi * torch.tensor([0.5, 1, 2, 4])
-    return math.sqrt(2) * place_codes(grid_places(grid, grid), frequencies).to(device)
 
 
 def load_directory(directory: Path, load_weights: bool = True) -> nn.Module:
@@ -213,7 +228,7 @@ def load_directory(directory: Path, load_weights: bool = True) -> nn.Module:
             text_config |= {"hf_model_name": str(directory / text_model), "hf_model_pretrained": False}
         return _create(f"local-dir:{directory}", text_cfg=text_config, load_weights=load_weights)
     except (*LOAD_ERRORS, TypeError) as error:
-        raise UserError(f"{directory}: cannot be loaded as an open_clip model ({_first_line(error)})") from None
+        raise UserError(f"{directory}: cannot be loaded as an open_clip model ({first_line(error)})") from None
 
 
 def _load_clip(config: BackboneConfig) -> tuple[nn.Module, str]:
@@ -226,7 +241,7 @@ def _load_clip(config: BackboneConfig) -> tuple[nn.Module, str]:
                 "architecture; leave backbone.name empty"
             )
         clip = load_directory(Path(pretrained))
-        return clip, _weights_hash(clip)
+        return clip, weights_hash(clip)
     if open_clip.get_model_config(name) is None:
         raise UserError(
             f"backbone.name {name!r} is not an open_clip architecture and backbone.pretrained {pretrained!r} is not a "
@@ -234,7 +249,7 @@ def _load_clip(config: BackboneConfig) -> tuple[nn.Module, str]:
         )
     if pretrained == "random":
         clip = _create(name)
-        return clip, f"random-{_weights_hash(clip)}"
+        return clip, f"random-{weights_hash(clip)}"
     if get_pretrained_cfg(name, pretrained):
         return _load_tag(name, pretrained), pretrained
     return _load_file(name, Path(pretrained))
@@ -251,7 +266,7 @@ def _load_tag(name: str, tag: str) -> nn.Module:
         return _create(name, pretrained=tag)
     except LOAD_ERRORS as error:
         raise UserError(
-            f"backbone {name}: weights {tag!r} cannot be loaded ({_first_line(error)}); run once where the model hub "
+            f"backbone {name}: weights {tag!r} cannot be loaded ({first_line(error)}); run once where the model hub "
             "can be reached, or download the file elsewhere and set backbone.pretrained to its path"
         ) from None
 
@@ -265,8 +280,8 @@ def _load_file(name: str, file: Path) -> tuple[nn.Module, str]:
     try:
         clip = _create(name, pretrained=str(file))
     except LOAD_ERRORS as error:
-        raise UserError(f"{file}: cannot be loaded as weights of {name} ({_first_line(error)})") from None
-    return clip, _weights_hash(clip)
+        raise UserError(f"{file}: cannot be loaded as weights of {name} ({first_line(error)})") from None
+    return clip, weights_hash(clip)
 
 
 def _create(name: str, **options: Any) -> nn.Module:
@@ -279,25 +294,13 @@ def _create(name: str, **options: Any) -> nn.Module:
         logger.setLevel(level)
 
 
-def _fingerprint(config: BackboneConfig, clip: nn.Module, weights: str) -> str:
-    """Short text that differs wherever tokens or embeddings would: model, weights, preprocessing, token options."""
+def _fingerprint(config: BackboneConfig, clip: nn.Module, weights: str, token_tower: TokenTower | None) -> str:
+    """Short text that differs wherever tokens or embeddings would: models, weights, preprocessing, token options."""
     look = deepcopy(clip.visual.preprocess_cfg)
     look["size"] = list(open_clip.utils.to_2tuple(look["size"]))
-    tokens = (
-        f" stages {list(config.token_stages)} grid {config.token_grid} with positions" if config.token_stages else ""
-    )
-    preprocessing = hashlib.sha256(json.dumps(look, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{config.name or 'open_clip'}/{weights} {look['size'][0]}px-{preprocessing}{tokens}"
-
-
-def _weights_hash(clip: nn.Module) -> str:
-    """Hash over names, shapes and values of all weights; the architecture is in it, the file's place is not."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(clip.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    text = f"{config.name or 'open_clip'}/{weights} {look['size'][0]}px-{short_hash(look)}"
+    if token_tower is not None:
+        text += f" tokens {token_tower.fingerprint}"
+    if config.token_stages:
+        text += f" stages {list(config.token_stages)} grid {config.token_grid} with positions"
+    return text

@@ -32,22 +32,34 @@ from .errors import UserError
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "model.safetensors"
 LATEST_FILE = "LATEST"
+CARD_FILE = "README.md"
 CHECKPOINT_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)
 
 
 def write_checkpoint(
-    directory: str | Path, config: EDJEConfig, state: dict[str, Tensor], tokenizer: CaptionTokenizer
+    directory: str | Path, config: EDJEConfig, state: dict[str, Tensor], tokenizer: CaptionTokenizer, card: str
 ) -> None:
     """Write a checkpoint directory, or replace one. Tensors that share memory (tied weights) are stored once.
 
+    card: text of its README.md (models/model_card.py); the step directories of a run, which nobody is given, have none.
     Raises UserError if `directory` exists and holds anything but a checkpoint: nothing else is ever overwritten."""
     directory = Path(directory)
     if directory.exists():
-        others = sorted(set(os.listdir(directory)) - set(CHECKPOINT_FILES)) if directory.is_dir() else ["a file"]
+        others = _strangers(directory)
         if others:
             raise UserError(f"{directory}: exists and is no plain checkpoint (holds {others[0]}); choose another path")
     with atomic_directory(directory) as temporary:
         write_checkpoint_files(temporary, config, state, tokenizer)
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _strangers(path: Path) -> list[str]:
+    """What keeps `path` from being replaced by a checkpoint: all that no checkpoint has, sorted."""
+    if not path.is_dir():
+        return ["a file"]
+    files = set(os.listdir(path))
+    own = {*CHECKPOINT_FILES, CARD_FILE} if CONFIG_FILE in files else set(CHECKPOINT_FILES)
+    return sorted(files - own)
 
 
 def write_checkpoint_files(

@@ -19,12 +19,23 @@ class BackboneConfig:
     """open_clip model name, e.g. ViT-L-16-SigLIP2-384. Empty where `pretrained` is a directory with its own config."""
     pretrained: str = ""
     """open_clip tag (openai, webli, ...), weight file, directory (open_clip_config.json and weights), or `random`."""
+    token_model: str = ""
+    """timm model that gives the patch tokens instead of the image tower, e.g. vit_small_patch14_dinov2; embeddings and
+    text tower stay those of `name`. Empty: none, or `token_pretrained` is a directory with its own config."""
+    token_pretrained: str = ""
+    """The token model's timm tag (lvd142m, ...), .safetensors file, directory (config.json and model.safetensors in
+    timm's layout), or `random`. Empty: one tower gives tokens and embedding."""
     token_stages: tuple[int, ...] = ()
     """Convolutional towers: stages of the tower whose feature maps become tokens, e.g. (2, 3, 4). Empty for ViTs."""
     token_grid: int = 0
     """Convolutional towers: side of the grid that each stage's map is resampled to; P = token_grid squared."""
 
     def __post_init__(self):
+        if self.token_model and not self.token_pretrained:
+            raise UserError(
+                f"backbone.token_model is {self.token_model}, but backbone.token_pretrained is empty; set it to a tag "
+                "of this timm model, a .safetensors file, or 'random'"
+            )
         if bool(self.token_stages) != bool(self.token_grid):
             raise UserError(
                 f"backbone.token_stages is {list(self.token_stages)} and backbone.token_grid {self.token_grid}; "
@@ -80,7 +91,7 @@ class AdapterConfig:
     def __post_init__(self):
         if self.kind not in ADAPTER_KINDS:
             raise UserError(f"adapter.kind is {self.kind!r}; expected one of {', '.join(ADAPTER_KINDS)}")
-        for key in ("num_tokens", "num_blocks"):
+        for key in ("num_tokens", "num_blocks", "mlp_width", "num_heads"):
             if getattr(self, key) < 1:
                 raise UserError(f"adapter.{key} is {getattr(self, key)}; it must be at least 1")
         if self.kind != "compression" and (self.num_blocks > 1 or not self.learn_queries):
@@ -117,7 +128,7 @@ class EncoderConfig:
     attention_dropout: float = 0.1
 
     def __post_init__(self):
-        if self.hidden_size % self.num_heads:
+        if self.num_heads < 1 or self.hidden_size % self.num_heads:
             raise UserError(
                 f"encoder.hidden_size is {self.hidden_size}; "
                 f"it must be a multiple of encoder.num_heads ({self.num_heads})"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from .adapter import build_adapter
 from .captions import CaptionIds, CaptionTokenizer
-from .checkpoint import load_state, read_checkpoint, resolve_checkpoint, write_checkpoint
+from .checkpoint import CARD_FILE, load_state, read_checkpoint, write_checkpoint
 from .config import EDJEConfig
 from .errors import UserError
+from .hub import locate_checkpoint, upload_checkpoint
 from .joint_encoder import JointEncoder
+from .model_card import model_card
 
 SPECIAL_PIECES = 3
 """[CLS], [SEP] after the caption, [SEP] after the vision tokens."""
@@ -53,6 +56,8 @@ class EDJE(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
+        self.card: str | None = None
+        """README.md that came with the weights, for save_pretrained() and push_to_hub(); None: a new one is written."""
         width = config.encoder.hidden_size
         self.adapter = build_adapter(config.adapter, config.dims, width)
         self.encoder = JointEncoder(config.encoder, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id)
@@ -146,16 +151,36 @@ class EDJE(nn.Module):
         return frozen.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.yaml, model.safetensors and the tokenizer; the frozen backbone is named, never saved."""
-        write_checkpoint(Path(directory), self.config, self.state_dict(), self.tokenizer)
+        """Write config.yaml, model.safetensors, the tokenizer and a model card (README.md: `self.card`, or a new one).
+
+        The frozen backbone is named, never saved. Raises UserError if the directory holds anything but a checkpoint."""
+        card = self.card or model_card(self.config, Path(directory).name)
+        write_checkpoint(directory, self.config, self.state_dict(), self.tokenizer, card)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, revision: str | None = None) -> str:
+        """Upload what save_pretrained() writes to OWNER/NAME, in one commit on branch `revision`; returns its URL.
+
+        private: of a repository that is made by this call. Raises UserError if the hub refuses, or if the backbone is
+        named by a path of this machine; nothing is committed then."""
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(folder) / "checkpoint"
+            card = self.card or model_card(self.config, repo_id)
+            write_checkpoint(directory, self.config, self.state_dict(), self.tokenizer, card)
+            return upload_checkpoint(directory, repo_id, private, revision)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, device: str | torch.device = "cpu") -> EDJE:
-        """Load a checkpoint directory, or a run directory's latest checkpoint; float32, evaluation mode, no network.
+    def from_pretrained(
+        cls, directory: str | Path, device: str | torch.device = "cpu", revision: str | None = None
+    ) -> EDJE:
+        """Load a checkpoint directory, a run directory's latest checkpoint, or OWNER/NAME from the Hugging Face Hub;
+        float32, evaluation mode. A directory that exists wins, and is read without network.
 
-        Raises UserError naming the file if anything is missing, truncated or misshapen."""
-        directory = resolve_checkpoint(directory)
+        revision: branch, tag or commit on the Hub. Raises UserError naming the file if anything is missing, truncated
+        or misshapen, or that there is neither a directory nor a repository of that name."""
+        directory = locate_checkpoint(directory, revision)
         config, state, tokenizer = read_checkpoint(directory)
         model = cls(config, tokenizer)
         load_state(model, state, where=directory)
+        card = directory / CARD_FILE
+        model.card = card.read_text(encoding="utf-8") if card.is_file() else None
         return model.to(device).eval()

@@ -23,6 +23,7 @@ from torch import Tensor
 from .captions import VOCABULARY_FILE, CaptionTokenizer
 from .checkpoint import read_safetensors
 from .config import AdapterConfig, BackboneConfig, BackboneDims, EDJEConfig, EncoderConfig
+from .config_io import from_dict
 from .errors import UserError
 
 WORDS = "language_model.bert.embeddings.word_embeddings.weight"
@@ -71,6 +72,11 @@ class _Settings:
     encoder_eps: float
     activation: str
     tokenizer: str
+
+    def __post_init__(self):
+        for name in ("num_patches", "patch_width", "adapter_heads", "hidden_size", "encoder_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"'{name}' is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -182,22 +188,23 @@ def _from_json(path: Path) -> _Settings:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         vision, encoder = data["vision"], data["joint_encoder"]
-        return _Settings(
-            backbone=BackboneConfig(),
-            num_patches=vision["patch_tokens"],
-            patch_width=vision["width"],
-            adapter_heads=vision["heads"],
-            adapter_eps=vision["layer_norm_eps"],
-            hidden_size=encoder["hidden_size"],
-            encoder_heads=encoder["num_attention_heads"],
-            encoder_eps=encoder["layer_norm_eps"],
-            activation=encoder["hidden_act"],
-            tokenizer=str(path.parent / VOCABULARY_FILE),
-        )
+        values = {
+            "backbone": {},
+            "num_patches": vision["patch_tokens"],
+            "patch_width": vision["width"],
+            "adapter_heads": vision["heads"],
+            "adapter_eps": vision["layer_norm_eps"],
+            "hidden_size": encoder["hidden_size"],
+            "encoder_heads": encoder["num_attention_heads"],
+            "encoder_eps": encoder["layer_norm_eps"],
+            "activation": encoder["hidden_act"],
+            "tokenizer": str(path.parent / VOCABULARY_FILE),
+        }
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); pass the checkpoint's config.json") from error
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not in the expected format ({error!r}); tests/parity has examples of it") from error
+    return from_dict(_Settings, values, where=str(path))
 
 
 def _from_names(named: dict[str, Any], file: Path) -> _Settings:

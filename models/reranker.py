@@ -61,16 +61,18 @@ class Reranker:
         device: str = "auto",
         dtype: str = "auto",
         backbone: Backbone | BackboneConfig | None = None,
+        revision: str | None = None,
     ) -> Reranker:
-        """Load a checkpoint (or a run's latest) and the backbone that it names.
+        """Load a checkpoint and the backbone that it names: a directory, a run's latest, or OWNER/NAME on the Hub.
 
         device: auto (cuda where there is one), cpu, cuda, cuda:1. dtype: auto (the fastest), float32, bfloat16.
         backbone: a loaded one to share, or a config where its weights lie elsewhere than the checkpoint says.
+        revision: branch, tag or commit on the Hub.
         Raises UserError for a missing or damaged file, or another backbone than the checkpoint's."""
         if dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"dtype is {dtype!r}; expected auto, float32 or bfloat16")
         where = pick_device(device)
-        model = EDJE.from_pretrained(checkpoint_dir, device=where)
+        model = EDJE.from_pretrained(checkpoint_dir, device=where, revision=revision)
         if not isinstance(backbone, Backbone):
             backbone = Backbone.load(backbone or model.config.backbone, device=where, precision=dtype)
         return cls(model, backbone, None if dtype == "auto" else getattr(torch, dtype))

@@ -1,42 +1,99 @@
-"""Copy a run's newest checkpoint into a directory to share: half the bytes, no optimizer state, no local path.
+"""Copy a run's newest checkpoint into a directory to share: half the bytes, a model card, no optimizer state.
 
 python scripts/export_checkpoint.py runs/demo/pretrained/7_relations --out configs/pretrained/scenes \
     --backbone-pretrained configs/embedders/scenes-vit
+python scripts/export_checkpoint.py runs/NAME --out shared/NAME --push OWNER/NAME
 
 Fine-tuning starts from it (model.init_from=DIR) and Reranker.from_pretrained loads it. Weights are rounded to float16;
 whoever loads them computes in float32 as before. Tokens stored with the run's own weights are refused by the copy's
-fingerprint: index again.
+fingerprint: index again. The card (README.md) has the tables of the run's evaluations of this very checkpoint
+(RUN/results.json, RUN/evaluation-*/results.json, or --results), and what the run's configuration says of its data.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.checkpoint import half_precision, read_checkpoint, resolve_checkpoint, write_checkpoint
+from evaluation.evaluate_retrieval import run_directory
+from models.checkpoint import CONFIG_FILE, half_precision, read_checkpoint, resolve_checkpoint, write_checkpoint
 from models.errors import UserError, run_entry_point
+from models.hub import upload_checkpoint
+from models.model_card import model_card
+from scripts.results_table import read_results, table
 
 
-def export_checkpoint(source: Path, out: Path, backbone_pretrained: str = "") -> Path:
+def export_checkpoint(
+    source: Path,
+    out: Path,
+    backbone_pretrained: str = "",
+    token_pretrained: str = "",
+    results: Sequence[Path] = (),
+    name: str = "",
+) -> Path:
     """Write `out` from the checkpoint or run `source`; returns the checkpoint directory that was read.
 
-    Raises UserError naming the first weight that float16 cannot hold, before anything is written."""
-    source = resolve_checkpoint(source)
-    config, state, tokenizer = read_checkpoint(source)
+    name: what the card calls it, by default the name of `out`. Raises UserError naming the first weight that float16
+    cannot hold, or given results of another checkpoint, before anything is written."""
+    checkpoint = resolve_checkpoint(source)
+    run = run_directory(str(source), checkpoint)
+    config, state, tokenizer = read_checkpoint(checkpoint)
     half = half_precision(state)
-    for name, tensor in half.items():
+    for key, tensor in half.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{source}: {name} has values that float16 cannot hold; it cannot be exported")
-    if backbone_pretrained:
-        config = replace(config, backbone=replace(config.backbone, pretrained=backbone_pretrained))
-    write_checkpoint(out, config, half, tokenizer)
-    return source
+            raise UserError(f"{checkpoint}: {key} has values that float16 cannot hold; it cannot be exported")
+    named = {"pretrained": backbone_pretrained, "token_pretrained": token_pretrained}
+    config = replace(config, backbone=replace(config.backbone, **{key: value for key, value in named.items() if value}))
+    measured = _measured(results or _results_of(run, checkpoint), checkpoint)
+    card = model_card(config, name or out.name, measured, **_origin(run))
+    write_checkpoint(out, config, half, tokenizer, card)
+    return checkpoint
+
+
+def _results_of(run: Path, checkpoint: Path) -> list[Path]:
+    """The run's evaluations of this very checkpoint; those of an earlier one are not its figures."""
+    found = [run / "results.json", *sorted(run.glob("evaluation-*/results.json"))]
+    return [path for path in found if path.is_file() and _is_of(read_results(path), checkpoint)]
+
+
+def _is_of(results: dict[str, Any], checkpoint: Path) -> bool:
+    # By the step directory's name: the path was written as the evaluation was given it, maybe on another machine.
+    return Path(results["checkpoint"]).name == checkpoint.name
+
+
+def _measured(files: Sequence[Path], checkpoint: Path) -> list[str]:
+    """A table for each evaluation; the data set by its file's name, without this machine's folders."""
+    tables = []
+    for file in files:
+        results = read_results(file)
+        if not _is_of(results, checkpoint):
+            raise UserError(f"{file}: measured {results['checkpoint']}, not {checkpoint}; evaluate this checkpoint")
+        tables.append(table([results | {"dataset": Path(results["dataset"]).name}], with_subsets=False))
+    return tables and [*tables, "Measured with the run's own weights, before they were rounded to float16."]
+
+
+def _origin(run: Path) -> dict[str, list[str]]:
+    """Data and language model of the run's configuration, as far as they have names that others know."""
+    try:
+        config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        return {}
+    annotations = (config.get("data") or {}).get("annotations")
+    weights = (config.get("model") or {}).get("encoder_weights") or ""
+    return {
+        "datasets": [Path(annotations).stem] if annotations else [],
+        "base_models": [weights] if re.fullmatch(r"[\w.-]+/[\w.-]+", weights) and not Path(weights).exists() else [],
+    }
 
 
 def main() -> None:
@@ -44,9 +101,17 @@ def main() -> None:
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to write")
     parser.add_argument("--backbone-pretrained", default="", help="what the copy's config.yaml names as backbone")
-    arguments = parser.parse_args()
-    source = export_checkpoint(arguments.source, arguments.out, arguments.backbone_pretrained)
-    print(f"{arguments.out}: float16 copy of {source}")
+    parser.add_argument("--token-pretrained", default="", help="the same for the model of its patch tokens")
+    parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json for the card")
+    parser.add_argument("--push", default="", metavar="OWNER/NAME", help="upload the directory to this repository")
+    parser.add_argument("--private", action="store_true", help="with --push: a repository that only you see")
+    args = parser.parse_args()
+    source = export_checkpoint(
+        args.source, args.out, args.backbone_pretrained, args.token_pretrained, args.results, args.push
+    )
+    print(f"{args.out}: float16 copy of {source}")
+    if args.push:
+        print(upload_checkpoint(args.out, args.push, private=args.private or None))
 
 
 if __name__ == "__main__":

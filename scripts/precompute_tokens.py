@@ -84,6 +84,8 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Backbone, EDJE 
     config = BackboneConfig(
         name=args.backbone_name,
         pretrained=args.backbone_pretrained,
+        token_model=args.token_model,
+        token_pretrained=args.token_pretrained,
         token_stages=tuple(args.token_stages),
         token_grid=args.token_grid,
     )
@@ -120,6 +122,8 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="trained model: store its compressed tokens")
     source.add_argument("--backbone-pretrained", metavar="NAME", help="no model: store patch tokens; tag or directory")
     parser.add_argument("--backbone-name", default="", help="open_clip model; not needed for a directory")
+    parser.add_argument("--token-model", default="", help="timm model whose patch tokens are stored instead")
+    parser.add_argument("--token-pretrained", default="", help="its timm tag, .safetensors file or directory")
     parser.add_argument("--token-stages", type=int, nargs="+", default=[], help="convolutional towers, e.g. 2 3 4")
     parser.add_argument("--token-grid", type=int, default=0, help="convolutional towers: side of the token grid")
     parser.add_argument("--images", type=Path, required=True, help="folder, annotation file (.json) or list of paths")

@@ -99,11 +99,11 @@ def build_model(config: RunConfig, features: Features, dataset: CaptionDataset, 
 
 
 def _model_config(config: RunConfig, features: Features, encoder) -> EDJEConfig:
-    pretrained = config.backbone.pretrained
-    # A checkpoint names its backbone from wherever it is loaded: a directory by its absolute path.
-    located = str(Path(pretrained).resolve()) if pretrained and Path(pretrained).exists() else pretrained
+    backbone = config.backbone
     return EDJEConfig(
-        backbone=replace(config.backbone, pretrained=located),
+        backbone=replace(
+            backbone, pretrained=_located(backbone.pretrained), token_pretrained=_located(backbone.token_pretrained)
+        ),
         dims=features.dims,
         backbone_fingerprint=features.fingerprint,
         adapter=config.model.adapter,
@@ -111,6 +111,11 @@ def _model_config(config: RunConfig, features: Features, encoder) -> EDJEConfig:
         max_caption_tokens=config.model.max_caption_tokens,
         residual_similarity=config.model.residual_similarity,
     )
+
+
+def _located(pretrained: str) -> str:
+    """A checkpoint names its backbone from wherever it is loaded: a directory by its absolute path."""
+    return str(Path(pretrained).resolve()) if pretrained and Path(pretrained).exists() else pretrained
 
 
 def _tokenizer_of_captions(config: RunConfig, dataset: CaptionDataset, ranks: Ranks) -> CaptionTokenizer:

@@ -13,6 +13,7 @@ import yaml
 
 from models.captions import CaptionTokenizer, build_vocabulary
 from models.checkpoint import (
+    CARD_FILE,
     CHECKPOINT_FILES,
     adapter_fingerprint,
     atomic_directory,
@@ -77,7 +78,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(saved):
 
 def test_saving_again_replaces_a_checkpoint_and_leaves_nothing_beside(model, saved):
     model.save_pretrained(saved)
-    assert sorted(os.listdir(saved)) == sorted(CHECKPOINT_FILES)
+    assert sorted(os.listdir(saved)) == sorted([*CHECKPOINT_FILES, CARD_FILE])
     assert os.listdir(saved.parent) == ["saved"]
 
 
@@ -96,7 +97,7 @@ def test_a_place_that_cannot_be_written_to_is_an_error(model, saved):
 def test_an_error_while_writing_keeps_the_old_checkpoint(model, saved):
     before = {name: (saved / name).read_bytes() for name in CHECKPOINT_FILES}
     with pytest.raises(AttributeError):
-        write_checkpoint(saved, model.config, {"text_projection.weight": "no tensor"}, model.tokenizer)
+        write_checkpoint(saved, model.config, {"text_projection.weight": "no tensor"}, model.tokenizer, "card")
     assert {name: (saved / name).read_bytes() for name in CHECKPOINT_FILES} == before
     assert os.listdir(saved.parent) == ["saved"]
 

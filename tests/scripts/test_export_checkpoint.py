@@ -1,17 +1,20 @@
 """Exporting a run: half the bytes, nothing of the run's machine, scores that agree with the run's own."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from models.backbone import Backbone
-from models.checkpoint import write_latest
+from models.checkpoint import CARD_FILE, write_latest
 from models.edje import EDJE
 from models.errors import UserError
 from scripts.export_checkpoint import export_checkpoint
-from tests.processes import run_script
+from tests.processes import ROOT, run_script
 from tests.tiny_model import CAPTIONS, make_model, write_backbone
 
 
@@ -38,6 +41,44 @@ def test_the_copy_is_half_as_large_and_scores_as_the_run_does(tmp_path, run):
     ours, theirs = (m.score(CAPTIONS, m.compress(patches).detach()) for m in (copy, original))
     assert not torch.equal(ours, theirs)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * theirs.abs().max().item())
+
+
+def write_results(file: Path, checkpoint: str, r1: float) -> Path:
+    """The figures of a real evaluation, under the name of another checkpoint."""
+    results = json.loads((ROOT / "benchmarks" / "demo" / "seed0.json").read_text())
+    results |= {"checkpoint": checkpoint, "dataset": "/home/someone/coco/coco_karpathy_test.json"}
+    results["t2i"]["reranked"]["R@1"] = r1
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results))
+    return file
+
+
+def test_the_card_has_the_runs_figures_of_this_checkpoint_and_no_other(tmp_path, run):
+    write_results(run / "results.json", "runs/x/checkpoints/step-00000002", 61.25)
+    write_results(run / "evaluation-coco-val" / "results.json", "elsewhere/step-00000002", 62.25)
+    write_results(run / "evaluation-old" / "results.json", "runs/x/checkpoints/step-00000001", 63.25)
+    config = {"data": {"annotations": "lists/coco_train.json"}, "model": {"encoder_weights": "microsoft/MiniLM-L12"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    export_checkpoint(run, tmp_path / "copy", "clips/tiny")
+    card = (tmp_path / "copy" / CARD_FILE).read_text()
+    assert "coco_karpathy_test.json, test split: 500 images, 2500 captions, pool of k = 10" in card
+    assert "| 61.2 |" in card and "| 62.2 |" in card and "| 63.2 |" not in card and "not evaluated" not in card
+    assert str(tmp_path) not in card and "/home/someone" not in card
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["datasets"], front["base_model"]) == (["coco_train"], ["microsoft/MiniLM-L12"])
+    assert front["metrics"] == ["recall"]
+
+
+def test_without_results_the_card_says_so_and_results_of_another_checkpoint_are_refused(tmp_path, run):
+    export_checkpoint(run, tmp_path / "copy")
+    assert "This checkpoint was not evaluated." in (tmp_path / "copy" / CARD_FILE).read_text()
+    other = write_results(tmp_path / "other.json", "runs/x/checkpoints/step-00000001", 61.25)
+    with pytest.raises(UserError, match="other.json: measured .*step-00000001, not .*step-00000002"):
+        export_checkpoint(run, tmp_path / "copy2", results=[other])
+    shutil.copy(ROOT / "LICENSE", run / "results.json")
+    with pytest.raises(UserError, match="results.json: not a results.json"):
+        export_checkpoint(run, tmp_path / "copy2")
+    assert not (tmp_path / "copy2").exists()
 
 
 def test_weights_that_float16_cannot_hold_are_refused_and_nothing_is_written(tmp_path, run):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from models.edje import EDJE
 from models.errors import UserError
-from models.published import read_published
+from models.published import FROZEN_TOWERS, TIED, read_published
 from scripts.import_checkpoint import import_checkpoint
 from tests.processes import ROOT, run_script
 
@@ -141,6 +141,24 @@ def test_missing_and_misshaped_tensors_are_listed_and_nothing_is_written(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("case", ["tiny_m4", "tiny_local"])
+def test_each_single_tensor_must_be_there_and_have_its_shape(tmp_path, case):
+    folder, out = CASE.parent / case, tmp_path / "out"
+    whole = load_file(folder / "checkpoint.safetensors")
+    trained = [name for name in whole if not name.startswith(FROZEN_TOWERS)]
+    copies = {*TIED, *TIED.values()}  # of a tied parameter any one name is enough
+    for name in trained:
+        larger = torch.zeros([size + 1 for size in whole[name].shape])
+        changes = [whole | {name: larger}, whole | {name: whole[name][None]}]
+        if name not in copies:
+            changes.append({other: tensor for other, tensor in whole.items() if other != name})
+        for changed in changes:
+            save_file(changed, tmp_path / "changed.safetensors")
+            with pytest.raises(UserError, match="changed.safetensors: |num_heads|divide"):
+                import_checkpoint(tmp_path / "changed.safetensors", out, folder / "config.json")
+    assert len(trained) > 40 and not out.exists()
+
+
 def test_a_file_of_another_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="no tensor .* of the published layout"):
         imported(tmp_path, {"weight": torch.ones(2)})
@@ -196,6 +214,27 @@ def test_a_wrong_config_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json: not in the expected format"):
         read_published(CASE / "checkpoint.safetensors", tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("vision", "heads", "4", "'adapter_heads' is '4'; expected an integer"),
+        ("vision", "heads", 0, "'adapter_heads' is 0; it must be at least 1"),
+        ("vision", "layer_norm_eps", "small", "'adapter_eps' is 'small'; expected a number"),
+        ("joint_encoder", "layer_norm_eps", None, "'encoder_eps' is None"),
+        ("joint_encoder", "num_attention_heads", 5, "multiple of encoder.num_heads"),
+        ("joint_encoder", "hidden_act", "silu", "adapter.activation is 'silu'"),
+    ],
+)
+def test_a_wrong_value_in_the_config_is_named(tmp_path, tensors, section, key, value, message):
+    config = json.loads((CASE / "config.json").read_text())
+    config[section][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(CASE / "vocab.txt", tmp_path)
+    with pytest.raises(UserError, match=message):
+        imported(tmp_path, tensors, tmp_path / "config.json")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_writes_a_checkpoint_that_loads(tmp_path):
