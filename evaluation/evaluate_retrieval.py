@@ -217,7 +217,7 @@ def write_outputs(
     report = write_report(out, summary, results, dataset, run / "metrics.jsonl")
     print(
         f"\n{source.name}, {arguments.split}: {summary['images']:,} images, {summary['captions']:,} captions, "
-        f"k = {arguments.k}\n\n{markdown_table(summary)}\n\nreport: {report}"
+        f"k = {arguments.k}\n\n{markdown_table([summary])}\n\nreport: {report}"
     )
 
 

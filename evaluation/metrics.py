@@ -57,6 +57,11 @@ def gain_interval(before: np.ndarray, after: np.ndarray, resamples: int = 10_000
     return float(low), float(high)
 
 
+def median_rank(ranks: np.ndarray) -> float:
+    """Median of the 0-based ranks [Q], told from 1 on and rounded down, as VSE++ and its successors report it."""
+    return float(np.floor(np.median(ranks)) + 1)
+
+
 def first_right_rank(hits: np.ndarray) -> np.ndarray:
     """[Q, D] bool -> [Q] int64: 0-based rank of the first right answer, D where there is none."""
     return np.where(hits.any(axis=1), hits.argmax(axis=1), hits.shape[1])

@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import statistics
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ import numpy as np
 from data.caption_datasets import CaptionDataset
 from models.errors import UserError
 
+from .metrics import RECALL_DEPTHS
 from .results import DirectionResults, Results
 
 COLUMN_TITLES = {"embedding": "embedding alone", "reranked": "EDJE", "fused": "EDJE + similarity"}
 DIRECTION_TITLES = {"t2i": "text to image", "i2t": "image to text"}
-DIRECTION_ARRAYS = ("query_image", "item_image", "candidates", "similarities", "logits")
+DIRECTION_ARRAYS = ("query_image", "item_image", "candidates", "similarities", "logits", "first_right")
 
 
 def results_json(results: Results, checkpoint: str, dataset: str, split: str) -> dict[str, Any]:
@@ -30,30 +33,52 @@ def results_json(results: Results, checkpoint: str, dataset: str, split: str) ->
     return {"checkpoint": checkpoint, "dataset": dataset, "split": split} | results.summary()
 
 
-def markdown_table(summary: dict[str, Any]) -> str:
-    """The headline and, below it, the subsets: R@1 / R@5 / R@10 of each column, and the gain in R@1 with its interval.
+def markdown_table(summaries: Sequence[dict[str, Any]], with_subsets: bool = True) -> str:
+    """A row for each direction and column, and below them the subsets: recalls, median rank, rSum, gain in R@1.
 
-    summary: results_json(...) or results.json read back."""
-    columns = [column for column in COLUMN_TITLES if column in summary["t2i"]]
-    gains = ["reranked", *(["fused"] if "fused" in columns else [])]
-    header = ["R@1 / R@5 / R@10", *(COLUMN_TITLES[column] for column in columns)]
-    header += [f"gain of {COLUMN_TITLES[column]}, R@1 [95%]" for column in gains]
-    rows = [[DIRECTION_TITLES[d], *table_row(summary[d], columns, gains)] for d in DIRECTION_TITLES]
-    for name, part in summary.get("subsets", {}).items():
-        rows += [[f"{name}, {DIRECTION_TITLES[d]}", *table_row(part[d], columns, gains)] for d in DIRECTION_TITLES]
-    return _aligned([header, *rows])
+    summaries: contents of results.json, one, or several seeds of one experiment: then mean ± sample deviation. A figure
+    that an older file lacks is a dash."""
+    rows = [["", "", *(f"R@{k}" for k in RECALL_DEPTHS), "median rank", "rSum", "gain in R@1 [95%]"]]
+    rows += _direction_rows(summaries, "")
+    for name in summaries[0].get("subsets", {}) if with_subsets else ():
+        rows += _direction_rows([summary["subsets"][name] for summary in summaries], f"*{name}*, ")
+    return _aligned(rows)
 
 
-def table_row(part: dict[str, Any], columns: list[str], gains: list[str]) -> list[str]:
-    """Cells of one direction: recalls of each column, then the gain of each of `gains` over the embedding."""
-    recalls = [" / ".join(f"{part[column][f'R@{k}']:.1f}" for k in (1, 5, 10)) for column in columns]
-    return recalls + [gain_text(part, column) for column in gains]
+def _direction_rows(parts: Sequence[dict[str, Any]], prefix: str) -> list[list[str]]:
+    """The rows of one split or subset, for the columns that all of `parts` have."""
+    rows = []
+    for direction, title in DIRECTION_TITLES.items():
+        for column in columns_of(*parts):
+            figures = [part[direction][column] for part in parts]
+            cells = [_mean_text([figure.get(f"R@{k}") for figure in figures]) for k in RECALL_DEPTHS]
+            cells += [_mean_text([figure.get("median_rank") for figure in figures])]
+            cells += [_mean_text([part.get("rsum", {}).get(column) for part in parts])]
+            gain = "" if column == "embedding" else gain_text([part[direction] for part in parts], column)
+            rows.append([prefix + title, COLUMN_TITLES[column], *cells, gain])
+    return rows
 
 
-def gain_text(part: dict[str, Any], column: str) -> str:
-    """`+20.1 [18.6, 21.7]`: R@1 of `column` above the embedding's, percentage points, and its 95% interval."""
-    low, high = part["gain_R@1_ci95" if column == "reranked" else f"{column}_gain_R@1_ci95"]
-    return f"{part[column]['R@1'] - part['embedding']['R@1']:+.1f} [{low:.1f}, {high:.1f}]"
+def columns_of(*parts: dict[str, Any]) -> list[str]:
+    """The columns that every one of these has, in the order of a table."""
+    return [column for column in COLUMN_TITLES if all(column in part["t2i"] for part in parts)]
+
+
+def _mean_text(values: Sequence[float | None]) -> str:
+    """Mean, and of several values the sample standard deviation too; a dash where one is missing."""
+    if None in values:
+        return "–"
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def gain_text(parts: Sequence[dict[str, Any]], column: str) -> str:
+    """`+20.1 [+18.6, +21.7]`: R@1 of `column` above the embedding's, percentage points, and its 95% interval over
+    queries, each averaged over `parts`: one direction of one results.json, or of several seeds."""
+    interval = "gain_R@1_ci95" if column == "reranked" else f"{column}_gain_R@1_ci95"
+    gain = statistics.mean(part[column]["R@1"] - part["embedding"]["R@1"] for part in parts)
+    low, high = (statistics.mean(part[interval][end] for part in parts) for end in (0, 1))
+    return f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _aligned(rows: list[list[str]]) -> str:
@@ -73,7 +98,7 @@ def markdown_report(summary: dict[str, Any]) -> str:
         f"{summary['images']:,} images, {summary['captions']:,} captions; the embedding's first {summary['k']} "
         f"candidates of each query reranked. Checkpoint: {summary['checkpoint']}.",
         "",
-        markdown_table(summary),
+        markdown_table([summary]),
         "",
     ]
     for direction, title in DIRECTION_TITLES.items():

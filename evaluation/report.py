@@ -21,7 +21,7 @@ from data.caption_datasets import CaptionDataset
 from evaluation.before_after import before_after_gallery
 from evaluation.charts import Line, line_chart
 from evaluation.metrics import RECALL_DEPTHS, recall_at_k
-from evaluation.output import COLUMN_TITLES, DIRECTION_TITLES, gain_text, read_rankings, write_atomically
+from evaluation.output import COLUMN_TITLES, DIRECTION_TITLES, columns_of, gain_text, read_rankings, write_atomically
 from evaluation.results import DirectionResults, Results
 from evaluation.showcase import draw_teaser, pick_examples
 from models.errors import UserError, run_entry_point
@@ -110,14 +110,16 @@ def _card(title: str, part: dict[str, Any], column: str) -> str:
 
 def _table(summary: dict[str, Any], best: str) -> str:
     """All columns, both directions, the whole split and its subsets; the gain is that of column `best`."""
-    columns = [column for column in COLUMN_TITLES if column in summary["t2i"]]
-    top = "".join(f'<th colspan="3" class="group">{COLUMN_TITLES[column]}</th>' for column in columns)
-    depths = '<th class="group">R@1</th><th>R@5</th><th>R@10</th>' * len(columns)
+    columns = columns_of(summary)
+    top = "".join(f'<th colspan="4" class="group">{COLUMN_TITLES[column]}</th>' for column in columns)
+    depths = '<th class="group">R@1</th><th>R@5</th><th>R@10</th><th>MedR</th>' * len(columns)
     parts = {"Whole split": summary} | summary.get("subsets", {})
     rows = []
     for name, part in parts.items():
-        rows.append(f'<tr class="part"><th colspan="{3 * len(columns) + 3}">{escape(name)}</th></tr>')
+        rows.append(f'<tr class="part"><th colspan="{4 * len(columns) + 3}">{escape(name)}</th></tr>')
         rows += [_table_row(title, part[d], columns, best) for d, title in DIRECTION_TITLES.items()]
+        sums = "".join(f'<td colspan="4" class="group">{part["rsum"][column]:.1f}</td>' for column in columns)
+        rows.append(f'<tr><td>rSum</td>{sums}<td class="group" colspan="2"></td></tr>')
     return (
         f'<h2>Recall</h2><div class="scroll"><table><thead><tr><th></th>{top}<th class="group">gain, R@1</th>'
         f'<th class="group">pool</th></tr><tr><th></th>{depths}<th class="group">[95%]</th>'
@@ -133,7 +135,8 @@ def _table_row(title: str, part: dict[str, Any], columns: list[str], best: str) 
             highest = value == max(part[other][f"R@{k}"] for other in columns)
             classes = " ".join(name for name, on in (("group", k == 1), ("best", highest)) if on)
             cells.append(f'<td class="{classes}">{value:.1f}</td>')
-    cells.append(f'<td class="group">{gain_text(part, best)}</td><td class="group">{part["pool_ceiling"]:.1f}</td>')
+        cells.append(f"<td>{part[column]['median_rank']:g}</td>")
+    cells.append(f'<td class="group">{gain_text([part], best)}</td><td class="group">{part["pool_ceiling"]:.1f}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -215,8 +218,10 @@ def _reading_guide(summary: dict[str, Any]) -> str:
     return (
         "<h2>How to read this</h2>"
         "<p>R@K is the percentage of queries with a right answer among the first K; for an image, any of its own "
-        f"captions is right. Every column ranks the same candidates. EDJE: by the match logit alone.{fused} Intervals: "
-        "paired bootstrap over queries.</p>"
+        "captions is right. MedR is the median rank of the first right answer in the whole gallery, from 1 on; what lies "
+        "below the reranked pool keeps the embedding's rank. rSum is the sum of both directions' R@1, R@5 and R@10. "
+        f"Every column ranks the same candidates. EDJE: by the match logit alone.{fused} Intervals: paired bootstrap "
+        "over queries.</p>"
         f'<p class="note">Time: {seconds}; {summary["pairs_per_second"]:,.0f} pairs/s in {summary["precision"]}.<br>'
         f"Checkpoint <code>{escape(summary['checkpoint'])}</code>, data <code>{escape(summary['dataset'])}</code>.</p>"
     )

@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from .metrics import gain_interval, helped_and_hurt, recall_at_k, recalls, right_answers
+from .metrics import (
+    RECALL_DEPTHS,
+    first_right_rank,
+    gain_interval,
+    helped_and_hurt,
+    median_rank,
+    recall_at_k,
+    recalls,
+    right_answers,
+)
 
 LAMBDA_GRID = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 """Logits differ by units and cosines by hundredths, so the grid reaches from the logit alone to the embedding alone."""
@@ -33,6 +42,8 @@ class DirectionResults:
     """[Q, D] float32: their cosines."""
     logits: np.ndarray
     """[Q, k] float32: match logits of the first k."""
+    first_right: np.ndarray
+    """[Q] int64: the embedding's 0-based rank of the first right answer among all N candidates, not the D kept alone."""
     fusion_lambda: float | None = None
 
     @property
@@ -65,6 +76,13 @@ class DirectionResults:
         """[Q, D] bool: which candidates of `rankings(column, pool)` are right."""
         return right_answers(self.rankings(column, pool), self.query_image, self.item_image)
 
+    def first_right_ranks(self, column: str) -> np.ndarray:
+        """[Q] int64: 0-based rank of the first right answer among all N candidates.
+
+        Reranking moves it within the pool of k; a right answer below the pool stays where the embedding ranked it."""
+        within = first_right_rank(self.hits(column)[:, : self.k])
+        return np.where(within < self.k, within, self.first_right)
+
     def of_queries(self, chosen: np.ndarray) -> DirectionResults:
         """These queries alone (mask or numbers [q]); the gallery stays whole."""
         return replace(
@@ -73,12 +91,16 @@ class DirectionResults:
             candidates=self.candidates[chosen],
             similarities=self.similarities[chosen],
             logits=self.logits[chosen],
+            first_right=self.first_right[chosen],
         )
 
     def summary(self) -> dict[str, Any]:
         """One direction of results.json: recalls in percent, intervals in percentage points."""
         hits = {column: self.hits(column) for column in self.columns}
-        summary: dict[str, Any] = {column: recalls(hits[column]) for column in self.columns}
+        summary: dict[str, Any] = {
+            column: recalls(hits[column]) | {"median_rank": median_rank(self.first_right_ranks(column))}
+            for column in self.columns
+        }
         summary["pool_ceiling"] = recall_at_k(hits["embedding"], self.k)
         summary |= _gain(hits["embedding"], hits["reranked"])
         if self.fusion_lambda is not None:
@@ -138,18 +160,24 @@ class Results:
             "k": self.t2i.k,
             "images": self.num_images,
             "captions": self.num_captions,
-            "t2i": self.t2i.summary(),
-            "i2t": self.i2t.summary(),
+            **self._figures(),
             "seconds": self.seconds,
             "pairs_per_second": self.pairs_per_second,
             "precision": self.precision,
         }
         subsets = {name: self.subset(name) for name in self.subset_names()}
         if subsets:
-            summary["subsets"] = {
-                name: {"t2i": part.t2i.summary(), "i2t": part.i2t.summary()} for name, part in subsets.items()
-            }
+            summary["subsets"] = {name: part._figures() for name, part in subsets.items()}
         return summary
+
+    def _figures(self) -> dict[str, Any]:
+        """Both directions, and rSum: the sum of their R@1, R@5 and R@10 by column, 600 at best."""
+        figures: dict[str, Any] = {"t2i": self.t2i.summary(), "i2t": self.i2t.summary()}
+        figures["rsum"] = {
+            column: sum(figures[direction][column][f"R@{k}"] for direction in ("t2i", "i2t") for k in RECALL_DEPTHS)
+            for column in self.t2i.columns
+        }
+        return figures
 
 
 def choose_lambda(validation: Results, grid: Sequence[float] = LAMBDA_GRID) -> float:

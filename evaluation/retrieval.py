@@ -46,6 +46,8 @@ class Pools:
     """[Q, D] int64."""
     similarities: Tensor
     """[Q, D] float32 cosines."""
+    first_right: Tensor
+    """[Q] int64: 0-based rank of the first right answer among all N items; N where there is none."""
 
 
 def evaluate(
@@ -75,10 +77,11 @@ def evaluate(
         gallery = build_gallery(model, backbone, dataset, ranks, store, caption_store, watch, progress)
         directions = {}
         for direction in DIRECTIONS:
-            pools = first_stage(*_embeddings(gallery, direction), depth=max(k, *RECALL_DEPTHS))
+            images = _image_numbers(dataset, direction)
+            pools = first_stage(*_embeddings(gallery, direction), *images, depth=max(k, *RECALL_DEPTHS))
             with watch.part("rerank"):
                 logits = rerank_pools(scorer, gallery, pools, direction, k, ranks, pairs_per_batch, progress)
-            directions[direction] = _direction_results(dataset, direction, pools, logits, model.config.fusion_lambda)
+            directions[direction] = _direction_results(*images, pools, logits, model.config.fusion_lambda)
     model.train(was_training)
     precision = dtype_name(dtype)
     return Results(**directions, image_subsets=dataset.subsets, seconds=watch.seconds, precision=precision)
@@ -94,19 +97,24 @@ def check_pool(k: int, dataset: CaptionDataset) -> None:
         )
 
 
-def first_stage(queries: Tensor, items: Tensor, depth: int) -> Pools:
+def first_stage(queries: Tensor, items: Tensor, query_image: np.ndarray, item_image: np.ndarray, depth: int) -> Pools:
     """The `depth` items of highest cosine for each query: queries [Q, De], items [N, De], both normalised.
 
-    Equal similarities are ordered by item number. Returns all N where depth exceeds N."""
+    query_image [Q] and item_image [N] say which items are right. Equal similarities are ordered by item number.
+    Returns all N where depth exceeds N. Beyond the result, memory holds a few [QUERIES_PER_BLOCK, N] at a time."""
     depth = min(depth, len(items))
+    query_image, item_image = (torch.from_numpy(images).to(items.device) for images in (query_image, item_image))
     items = items.double()
     numbers = torch.arange(len(items), device=items.device)
 
-    def search(part: slice) -> tuple[Tensor, Tensor]:
+    def search(part: slice) -> tuple[Tensor, Tensor, Tensor]:
         # float64, rounded to float32: items with the same embedding tie exactly, wherever they lie in the product.
         cosine = (queries[part].double() @ items.T).float()
-        best = (_ordered_integers(cosine) * len(items) - numbers).topk(depth, dim=1).indices
-        return best, cosine.gather(1, best)
+        order = _ordered_integers(cosine) * len(items) - numbers
+        best = order.topk(depth, dim=1).indices
+        wrong = query_image[part, None] != item_image
+        first_right = order.masked_fill(wrong, torch.iinfo(torch.int64).min).amax(dim=1, keepdim=True)
+        return best, cosine.gather(1, best), (order > first_right).sum(dim=1)
 
     found = list(run_blocks(search, blocks(len(queries), QUERIES_PER_BLOCK), queries.device))
     return Pools(*(torch.cat(column) for column in zip(*found, strict=True)))
@@ -194,16 +202,21 @@ def _embeddings(gallery: Gallery, direction: str) -> tuple[Tensor, Tensor]:
     return (text, image) if direction == "t2i" else (image, text)
 
 
-def _direction_results(
-    dataset: CaptionDataset, direction: str, pools: Pools, logits: Tensor, fusion_lambda: float | None
-) -> DirectionResults:
+def _image_numbers(dataset: CaptionDataset, direction: str) -> tuple[np.ndarray, np.ndarray]:
+    """Image number of each query and of each candidate."""
     caption_image, images = dataset.caption_image, np.arange(len(dataset))
-    query_image, item_image = (caption_image, images) if direction == "t2i" else (images, caption_image)
+    return (caption_image, images) if direction == "t2i" else (images, caption_image)
+
+
+def _direction_results(
+    query_image: np.ndarray, item_image: np.ndarray, pools: Pools, logits: Tensor, fusion_lambda: float | None
+) -> DirectionResults:
     return DirectionResults(
         query_image=query_image,
         item_image=item_image,
         candidates=pools.ids.cpu().numpy(),
         similarities=pools.similarities.cpu().numpy(),
         logits=logits.numpy(),
+        first_right=pools.first_right.cpu().numpy(),
         fusion_lambda=fusion_lambda,
     )

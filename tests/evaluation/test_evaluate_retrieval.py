@@ -76,7 +76,7 @@ def test_a_runs_own_data_is_evaluated_and_every_file_written(run, tmp_path, caps
     for direction in ("t2i", "i2t"):
         part = summary[direction]
         assert set(part) == DIRECTION_KEYS
-        assert set(part["embedding"]) == set(part["reranked"]) == {"R@1", "R@5", "R@10"}
+        assert set(part["embedding"]) == set(part["reranked"]) == {"R@1", "R@5", "R@10", "median_rank"}
         assert 0 <= part["embedding"]["R@1"] <= part["pool_ceiling"] <= 100
         assert len(part["gain_R@1_ci95"]) == 2
     printed = capsys.readouterr().out

@@ -27,10 +27,12 @@ def random_direction(seed: int, query_image: np.ndarray, item_image: np.ndarray)
     rng = np.random.default_rng(seed)
     similarities = rng.normal(size=(len(query_image), len(item_image))) + 1.5 * (query_image[:, None] == item_image)
     similarities = similarities.astype(np.float32)
-    candidates = np.argsort(-similarities, axis=1)[:, :10]
+    ranking = np.argsort(-similarities, axis=1)
+    candidates = ranking[:, :10]
+    first_right = (item_image[ranking] == query_image[:, None]).argmax(axis=1)
     logits = rng.normal(size=(len(query_image), 8)).astype(np.float32)
     similarities = np.take_along_axis(similarities, candidates, axis=1)
-    return DirectionResults(query_image, item_image, candidates, similarities, logits, fusion_lambda=2.0)
+    return DirectionResults(query_image, item_image, candidates, similarities, logits, first_right, fusion_lambda=2.0)
 
 
 @pytest.fixture
@@ -94,6 +96,8 @@ def test_the_page_shows_numbers_of_results_json_and_escapes_names(out):
     for direction in ("t2i", "i2t"):
         for column in ("embedding", "reranked", "fused"):
             assert f">{summary[direction][column]['R@5']:.1f}</td>" in page
+            assert f"<td>{summary[direction][column]['median_rank']:g}</td>" in page
+    assert all(f">{value:.1f}</td>" in page for value in summary["rsum"].values())
     assert "runs/&lt;b&gt;/checkpoint" in page
     assert "Validation, text to image" in page
 

@@ -70,16 +70,19 @@ def test_first_stage_is_brute_force_with_ties_in_order_of_item_number(seed):
     generator = torch.Generator().manual_seed(seed)
     items = torch.randint(-1, 2, (40, 3), generator=generator).float()  # many equal, many opposite
     queries = torch.randn(300, 3, generator=generator)
-    pools = first_stage(queries, items, depth=7)
+    query_image, item_image = np.arange(300) % 9, np.arange(40) % 8  # nothing is right for image 8
+    pools = first_stage(queries, items, query_image, item_image, depth=7)
     cosines = (queries.double() @ items.double().T).float()
     for query, row in enumerate(cosines.tolist()):
         order = sorted(range(40), key=lambda item, row=row: (-row[item], item))
         assert pools.ids[query].tolist() == order[:7]
+        right = [rank for rank, item in enumerate(order) if item_image[item] == query_image[query]]
+        assert pools.first_right[query] == (right[0] if right else 40)
     torch.testing.assert_close(pools.similarities, cosines.gather(1, pools.ids), rtol=0, atol=0)
 
 
 def test_first_stage_of_a_small_gallery_returns_all_of_it():
-    pools = first_stage(torch.eye(3), torch.eye(3), depth=10)
+    pools = first_stage(torch.eye(3), torch.eye(3), np.arange(3), np.arange(3), depth=10)
     assert pools.ids.tolist() == [[0, 1, 2], [1, 0, 2], [2, 0, 1]]
 
 
@@ -103,7 +106,9 @@ def test_logits_do_not_depend_on_the_size_of_the_micro_batch(model, backbone, da
     with torch.inference_mode():
         gallery = build_gallery(model, backbone, dataset, ALONE)
         embeddings = (gallery.text_embeddings, gallery.image_embeddings)
-        pools = first_stage(*(embeddings if direction == "t2i" else embeddings[::-1]), depth=10)
+        images = (dataset.caption_image, np.arange(len(dataset)))
+        way = 1 if direction == "t2i" else -1
+        pools = first_stage(*embeddings[::way], *images[::way], depth=10)
         by_size = [rerank_pools(model, gallery, pools, direction, 5, ALONE, pairs_per_batch=n) for n in (1024, 100, 7)]
     for logits in by_size[1:]:
         torch.testing.assert_close(logits, by_size[0], rtol=0, atol=1e-5)

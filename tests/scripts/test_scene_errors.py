@@ -33,6 +33,7 @@ def rankings(logits: list[float]) -> DirectionResults:
         candidates=np.array([[0, 1, 2, 3], [1, 2, 3, 3]]),
         similarities=np.array([[0.9, 0.9, 0.5, 0.4], [1, 1, 1, 1]], np.float32),
         logits=np.array([logits, [1, 1, 1, 1]], np.float32),
+        first_right=np.array([0, 4]),
     )
 
 
