@@ -6,7 +6,8 @@ Any Karpathy file:        python evaluation/evaluate_retrieval.py --checkpoint r
 Eight GPUs:               torchrun --nproc_per_node=8 evaluation/evaluate_retrieval.py --checkpoint runs/coco \\
                               --dataset flickr30k --data-root flickr30k
 
-Writes results.json, results.md, report.html and rankings.npz; the rankings do not depend on the number of processes.
+Writes results.json, results.md, report.html, rankings.npz, and TREC run files with qrels (evaluation/trec.py). The
+rankings do not depend on the number of processes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The files of an evaluation: results.json (for programs), results.md (for people), rankings.npz (every score).
+"""The files of an evaluation: results.json (for programs), results.md (for people), rankings.npz (every score), and
+run.*.trec and qrels.*.trec (the rankings for other programs, see trec.py).
 
 rankings.npz holds what the numbers follow from, so a report can be drawn again without a model:
     results, dataset = read_rankings("runs/demo/rankings.npz")
@@ -22,6 +23,7 @@ from models.errors import UserError
 
 from .metrics import RECALL_DEPTHS
 from .results import DirectionResults, Results
+from .trec import trec_files
 
 COLUMN_TITLES = {"embedding": "embedding alone", "reranked": "EDJE", "fused": "EDJE + similarity"}
 DIRECTION_TITLES = {"t2i": "text to image", "i2t": "image to text"}
@@ -115,8 +117,13 @@ def markdown_report(summary: dict[str, Any]) -> str:
 
 
 def write_results(out: str | Path, results: Results, dataset: CaptionDataset, summary: dict[str, Any]) -> None:
-    """Write results.json, results.md and rankings.npz into `out`, each in one step."""
+    """Write results.json, results.md, rankings.npz and the TREC files into `out`, each in one step."""
     out = Path(out)
+    for name, text in trec_files(results, dataset):
+        if text is None:  # an older evaluation's, which had a lambda
+            (out / name).unlink(missing_ok=True)
+        else:
+            write_atomically(out / name, text.encode())
     write_atomically(out / "rankings.npz", _rankings_bytes(results, dataset))
     write_atomically(out / "results.md", markdown_report(summary).encode())
     write_atomically(out / "results.json", (json.dumps(summary, indent=1) + "\n").encode())

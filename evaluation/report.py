@@ -218,10 +218,10 @@ def _reading_guide(summary: dict[str, Any]) -> str:
     return (
         "<h2>How to read this</h2>"
         "<p>R@K is the percentage of queries with a right answer among the first K; for an image, any of its own "
-        "captions is right. MedR is the median rank of the first right answer in the whole gallery, from 1 on; what lies "
-        "below the reranked pool keeps the embedding's rank. rSum is the sum of both directions' R@1, R@5 and R@10. "
-        f"Every column ranks the same candidates. EDJE: by the match logit alone.{fused} Intervals: paired bootstrap "
-        "over queries.</p>"
+        "captions is right. MedR is the median rank of the first right answer in the whole gallery, from 1 on; below "
+        "the reranked pool that is the embedding's. rSum is the sum of both directions' R@1, R@5 and R@10. Every "
+        f"column ranks the same candidates. EDJE: by the match logit alone.{fused} Intervals: paired bootstrap over "
+        "queries.</p>"
         f'<p class="note">Time: {seconds}; {summary["pairs_per_second"]:,.0f} pairs/s in {summary["precision"]}.<br>'
         f"Checkpoint <code>{escape(summary['checkpoint'])}</code>, data <code>{escape(summary['dataset'])}</code>.</p>"
     )

@@ -43,7 +43,7 @@ class DirectionResults:
     logits: np.ndarray
     """[Q, k] float32: match logits of the first k."""
     first_right: np.ndarray
-    """[Q] int64: the embedding's 0-based rank of the first right answer among all N candidates, not the D kept alone."""
+    """[Q] int64: the embedding's 0-based rank of the first right answer among all N candidates, not only the D kept."""
     fusion_lambda: float | None = None
 
     @property

@@ -86,6 +86,8 @@ def test_a_runs_own_data_is_evaluated_and_every_file_written(run, tmp_path, caps
         "results.md",
         "report.html",
         "rankings.npz",
+        *(f"qrels.{direction}.trec" for direction in ("t2i", "i2t")),
+        *(f"run.{direction}.{column}.trec" for direction in ("t2i", "i2t") for column in ("embedding", "reranked")),
     }
     assert "Training" in (tmp_path / "report.html").read_text()
 
