@@ -7,7 +7,7 @@ with its image, so any of an image's (five) captions is right: the protocol of F
 Letters: Q queries, D depth of a ranking, N candidates in the gallery.
 
     hits = right_answers(rankings, query_image, item_image)       # [Q, D] bool
-    recalls(hits)                                                 # {"R@1": 84.3, "R@5": 96.6, "R@10": 97.9}
+    recall_at_k(hits, 1)                                          # 84.3
 """
 
 from __future__ import annotations
@@ -32,11 +32,6 @@ def recall_at_k(hits: np.ndarray, k: int) -> float:
     A query that has no right answer at all counts as a miss. Beyond D nothing more is found, so D must be at least
     min(k, N)."""
     return 100.0 * float(hits[:, :k].any(axis=1).mean())
-
-
-def recalls(hits: np.ndarray) -> dict[str, float]:
-    """R@1, R@5 and R@10 in percent, for hits [Q, D] bool with D at least min(10, N)."""
-    return {f"R@{k}": recall_at_k(hits, k) for k in RECALL_DEPTHS}
 
 
 def helped_and_hurt(before: np.ndarray, after: np.ndarray) -> tuple[int, int]:

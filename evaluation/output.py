@@ -153,6 +153,7 @@ def _rankings_bytes(results: Results, dataset: CaptionDataset) -> bytes:
         "captions": np.array(dataset.captions),
         "caption_image": dataset.caption_image,
         "subsets": np.array([subset or "" for subset in dataset.subsets]),
+        "folds": results.t2i.folds,
         "fusion_lambda": np.nan if fusion_lambda is None else fusion_lambda,
         "seconds": json.dumps(results.seconds),
         "precision": results.precision,
@@ -170,6 +171,7 @@ def read_rankings(path: str | Path) -> tuple[Results, CaptionDataset]:
         directions = {
             direction: DirectionResults(
                 **{name: arrays[f"{direction}_{name}"] for name in DIRECTION_ARRAYS},
+                folds=int(arrays["folds"]),
                 fusion_lambda=None if np.isnan(arrays["fusion_lambda"]) else float(arrays["fusion_lambda"]),
             )
             for direction in DIRECTION_TITLES

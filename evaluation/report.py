@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.caption_datasets import CaptionDataset
 from evaluation.before_after import before_after_gallery
 from evaluation.charts import Line, line_chart
-from evaluation.metrics import RECALL_DEPTHS, recall_at_k
+from evaluation.metrics import RECALL_DEPTHS
 from evaluation.output import COLUMN_TITLES, DIRECTION_TITLES, columns_of, gain_text, read_rankings, write_atomically
 from evaluation.results import DirectionResults, Results
 from evaluation.showcase import draw_teaser, pick_examples
@@ -160,9 +160,9 @@ def _recall_charts(results: Results) -> str:
 def _pool_lines(part: DirectionResults) -> list[Line]:
     sizes = list(range(1, part.k + 1))
     embedding = part.hits("embedding")
-    lines = [Line("pool ceiling", sizes, [recall_at_k(embedding, size) for size in sizes], "third", dashed=True)]
+    lines = [Line("pool ceiling", sizes, [part.recall(embedding, size) for size in sizes], "third", dashed=True)]
     for column in part.columns:
-        recalls = [recall_at_k(part.hits(column, pool=size), 1) for size in sizes]
+        recalls = [part.recall(part.hits(column, pool=size), 1) for size in sizes]
         lines.append(Line(COLUMN_TITLES[column], sizes, recalls, COLORS[column]))
     return lines
 
@@ -172,7 +172,7 @@ def _depth_lines(part: DirectionResults) -> list[Line]:
     for column in part.columns:
         hits = part.hits(column)
         depths = list(range(1, hits.shape[1] + 1))
-        lines.append(Line(COLUMN_TITLES[column], depths, [recall_at_k(hits, k) for k in depths], COLORS[column]))
+        lines.append(Line(COLUMN_TITLES[column], depths, [part.recall(hits, k) for k in depths], COLORS[column]))
     return lines
 
 

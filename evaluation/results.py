@@ -3,11 +3,14 @@
 Three columns rank the same candidates, by one function: `embedding` (the first stage), `reranked` (the first k
 reordered by the match logit alone, the paper's protocol) and `fused` (by logit + lambda * cosine, BLIP's protocol).
 Letters: Q queries, N candidates in the gallery, D candidates kept a query, k of them reranked.
+
+With folds (COCO's 5-fold 1k protocol) the images are cut into equal consecutive parts, each a gallery of its own with
+its captions; a figure is the mean of the folds' figures, counts and intervals are over all queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +23,6 @@ from .metrics import (
     helped_and_hurt,
     median_rank,
     recall_at_k,
-    recalls,
     right_answers,
 )
 
@@ -43,8 +45,10 @@ class DirectionResults:
     logits: np.ndarray
     """[Q, k] float32: match logits of the first k."""
     first_right: np.ndarray
-    """[Q] int64: the embedding's 0-based rank of the first right answer among all N candidates, not only the D kept."""
+    """[Q] int64: the embedding's 0-based rank of the first right answer in the whole gallery, not only the D kept."""
     fusion_lambda: float | None = None
+    folds: int = 1
+    """Galleries that the images are cut into; numbers of images and candidates count through them."""
 
     @property
     def k(self) -> int:
@@ -77,11 +81,20 @@ class DirectionResults:
         return right_answers(self.rankings(column, pool), self.query_image, self.item_image)
 
     def first_right_ranks(self, column: str) -> np.ndarray:
-        """[Q] int64: 0-based rank of the first right answer among all N candidates.
+        """[Q] int64: 0-based rank of the first right answer in the whole gallery.
 
         Reranking moves it within the pool of k; a right answer below the pool stays where the embedding ranked it."""
         within = first_right_rank(self.hits(column)[:, : self.k])
         return np.where(within < self.k, within, self.first_right)
+
+    def recall(self, hits: np.ndarray, k: int) -> float:
+        """R@k in percent, hits [Q, D] bool: the mean over the folds."""
+        return self._mean(lambda of_fold: recall_at_k(of_fold, k), hits)
+
+    def _mean(self, metric: Callable[[np.ndarray], float], of_queries: np.ndarray) -> float:
+        """The metric of each fold's queries, averaged over the folds that have any."""
+        fold = self.query_image * self.folds // (self.item_image.max() + 1)
+        return float(np.mean([metric(of_queries[fold == number]) for number in np.unique(fold)]))
 
     def of_queries(self, chosen: np.ndarray) -> DirectionResults:
         """These queries alone (mask or numbers [q]); the gallery stays whole."""
@@ -97,11 +110,11 @@ class DirectionResults:
     def summary(self) -> dict[str, Any]:
         """One direction of results.json: recalls in percent, intervals in percentage points."""
         hits = {column: self.hits(column) for column in self.columns}
-        summary: dict[str, Any] = {
-            column: recalls(hits[column]) | {"median_rank": median_rank(self.first_right_ranks(column))}
-            for column in self.columns
-        }
-        summary["pool_ceiling"] = recall_at_k(hits["embedding"], self.k)
+        summary: dict[str, Any] = {}
+        for column in self.columns:
+            summary[column] = {f"R@{k}": self.recall(hits[column], k) for k in RECALL_DEPTHS}
+            summary[column]["median_rank"] = self._mean(median_rank, self.first_right_ranks(column))
+        summary["pool_ceiling"] = self.recall(hits["embedding"], self.k)
         summary |= _gain(hits["embedding"], hits["reranked"])
         if self.fusion_lambda is not None:
             summary["fused"]["lambda"] = self.fusion_lambda
@@ -158,6 +171,7 @@ class Results:
         """results.json without the names of checkpoint, data set and split."""
         summary: dict[str, Any] = {
             "k": self.t2i.k,
+            "folds": self.t2i.folds,
             "images": self.num_images,
             "captions": self.num_captions,
             **self._figures(),

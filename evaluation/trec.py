@@ -35,7 +35,8 @@ COLUMNS = ("embedding", "reranked", "fused")
 def trec_files(results: Results, dataset: CaptionDataset) -> Iterator[tuple[str, str | None]]:
     """Name and text of every file; no text for a column that these results lack, whose file must not be there.
 
-    A run lists as many candidates a query as the recalls and the pool need, at most the D kept."""
+    A run lists max(k, 10) candidates a query, what pool and recalls need: for COCO's 25,010 captions, k = 10, some
+    25 MB a column."""
     images = [quote(image, safe="/") for image in dataset.image_ids]
     captions = _caption_ids(images, dataset.caption_image)
     for direction, queries, items in (("t2i", captions, images), ("i2t", images, captions)):

@@ -97,6 +97,12 @@ def test_without_out_the_results_lie_in_the_run(run):
     assert read(run / "evaluation-dataset_scenes-val")["k"] == 3
 
 
+def test_folds_are_told_and_have_a_folder_of_their_own(run):
+    evaluate("--checkpoint", run, "--split", "train", "--folds", "4")
+    out = run / "evaluation-dataset_scenes-train-4-folds"
+    assert read(out)["folds"] == 4 and read_rankings(out / "rankings.npz")[0].summary() | read(out) == read(out)
+
+
 def test_subsets_of_the_file_are_reported_one_by_one(run, tmp_path, scenes, annotations):
     evaluate("--checkpoint", run, "--out", tmp_path, "--dataset", annotations, "--data-root", scenes)
     expected = set(load_annotations(annotations, scenes, "test").subsets)

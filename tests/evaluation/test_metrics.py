@@ -12,7 +12,6 @@ from evaluation.metrics import (
     helped_and_hurt,
     median_rank,
     recall_at_k,
-    recalls,
     right_answers,
 )
 
@@ -69,7 +68,7 @@ def test_any_of_an_images_five_captions_is_right():
     caption_image = np.repeat([0, 1], 5)
     hits = right_answers(np.array([[7, 4], [2, 3]]), np.array([0, 1]), caption_image)
     np.testing.assert_array_equal(hits, [[False, True], [False, False]])
-    assert recalls(hits) == {"R@1": 0.0, "R@5": 50.0, "R@10": 50.0}
+    assert [recall_at_k(hits, k) for k in (1, 5, 10)] == [0.0, 50.0, 50.0]
 
 
 def test_helped_and_hurt_count_first_places_alone():
