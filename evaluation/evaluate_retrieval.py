@@ -26,6 +26,7 @@ import torch
 import yaml
 
 from data.caption_datasets import CaptionDataset, load_annotations
+from evaluation.eccv import DEPTH, CocoIds, add_extended_figures, may_be_coco_test, read_coco_ids
 from evaluation.output import markdown_table, results_json, write_results
 from evaluation.report import write_report
 from evaluation.results import Results, choose_lambda
@@ -86,6 +87,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=1,
         help="equal parts of the images, each its own gallery, figures averaged; 5 on COCO's test split: 5-fold 1k",
     )
+    parser.add_argument(
+        "--eccv",
+        action="store_true",
+        help="insist on mAP@R and R-Precision by COCO's extended ground truth (evaluation/eccv.py), which come by "
+        "themselves with COCO's 5k test split where the package eccv-caption is installed",
+    )
     parser.add_argument("--store", help="token store to read instead of images: patch tokens, or this checkpoint's own")
     parser.add_argument(
         "--caption-store", help="store of the captions' text embeddings; with --store: no backbone runs"
@@ -111,12 +118,13 @@ def main(argv: list[str] | None = None) -> None:
         source = find_source(arguments, checkpoint)
         dataset = source.load(arguments.split)
         check_pool(arguments.k, dataset, arguments.folds)
+        coco_ids = find_coco_ids(arguments, source, dataset, ranks)
         evaluator = Evaluator.load(arguments, checkpoint, source, ranks)
         if arguments.lambda_split:
             evaluator.fit_lambda(source.load(arguments.lambda_split), checkpoint)
-        results = evaluator.evaluate(dataset, arguments.folds)
+        results = evaluator.evaluate(dataset, arguments.folds, depth=DEPTH if coco_ids else 0)
         if ranks.is_main:
-            write_outputs(arguments, checkpoint, source, dataset, results)
+            write_outputs(arguments, checkpoint, source, dataset, results, coco_ids)
         ranks.barrier()
 
 
@@ -152,7 +160,7 @@ class Evaluator:
             backbone = Backbone.load(config, ranks.device, precision)
         return cls(model, backbone, store, caption_store, getattr(torch, precision), arguments.k, ranks)
 
-    def evaluate(self, dataset: CaptionDataset, folds: int = 1) -> Results:
+    def evaluate(self, dataset: CaptionDataset, folds: int = 1, depth: int = 0) -> Results:
         return evaluate(
             self.model,
             self.backbone,
@@ -164,6 +172,7 @@ class Evaluator:
             dtype=self.dtype,
             progress=self.ranks.is_main,
             folds=folds,
+            depth=depth,
         )
 
     def fit_lambda(self, validation: CaptionDataset, checkpoint: Path) -> None:
@@ -214,8 +223,32 @@ def _source_of_run(run: Path, data_root: str | None) -> Source:
     return Source(str(annotations), annotations, Path(root), data.get("store") or "", data.get("caption_store") or "")
 
 
+def find_coco_ids(
+    arguments: argparse.Namespace, source: Source, dataset: CaptionDataset, ranks: Ranks
+) -> CocoIds | None:
+    """COCO's numbers where figures by the extended ground truth are asked for or possible; else None, and where the
+    counts are COCO's, a line that tells what is missing."""
+    if arguments.eccv and arguments.folds > 1:
+        raise UserError("--eccv is about the whole 5k test split as one gallery; drop --folds")
+    if not arguments.eccv and (arguments.folds > 1 or not may_be_coco_test(dataset)):
+        return None
+    try:
+        return read_coco_ids(source.annotations, dataset)
+    except UserError as error:
+        if arguments.eccv:
+            raise
+        if ranks.is_main:
+            print(f"without figures by COCO's extended ground truth: {error}")
+        return None
+
+
 def write_outputs(
-    arguments: argparse.Namespace, checkpoint: Path, source: Source, dataset: CaptionDataset, results: Results
+    arguments: argparse.Namespace,
+    checkpoint: Path,
+    source: Source,
+    dataset: CaptionDataset,
+    results: Results,
+    coco_ids: CocoIds | None,
 ) -> None:
     """The files, and the table on the terminal."""
     run = run_directory(arguments.checkpoint, checkpoint)
@@ -223,6 +256,8 @@ def write_outputs(
     folds = f"-{arguments.folds}-folds" if arguments.folds > 1 else ""
     out = Path(arguments.out or base / f"evaluation-{source.annotations.stem}-{arguments.split}{folds}")
     summary = results_json(results, str(checkpoint), source.name, arguments.split)
+    if coco_ids:
+        add_extended_figures(summary, results, coco_ids)
     write_results(out, results, dataset, summary)
     report = write_report(out, summary, results, dataset, run / "metrics.jsonl")
     print(

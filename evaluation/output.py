@@ -38,13 +38,14 @@ def results_json(results: Results, checkpoint: str, dataset: str, split: str) ->
 def markdown_table(summaries: Sequence[dict[str, Any]], with_subsets: bool = True) -> str:
     """A row for each direction and column, and below them the subsets: recalls, median rank, rSum, gain in R@1.
 
-    summaries: contents of results.json, one, or several seeds of one experiment: then mean ± sample deviation. A figure
-    that an older file lacks is a dash."""
+    summaries: contents of results.json, one, or several seeds of one experiment: then mean ± sample deviation. A
+    figure that an older file lacks is a dash. A second table follows where all have figures by COCO's extended ground
+    truth."""
     rows = [["", "", *(f"R@{k}" for k in RECALL_DEPTHS), "median rank", "rSum", "gain in R@1 [95%]"]]
     rows += _direction_rows(summaries, "")
     for name in summaries[0].get("subsets", {}) if with_subsets else ():
         rows += _direction_rows([summary["subsets"][name] for summary in summaries], f"*{name}*, ")
-    return _aligned(rows)
+    return "\n\n".join(_aligned(part) for part in (rows, extended_rows(summaries)) if part)
 
 
 def _direction_rows(parts: Sequence[dict[str, Any]], prefix: str) -> list[list[str]]:
@@ -58,6 +59,20 @@ def _direction_rows(parts: Sequence[dict[str, Any]], prefix: str) -> list[list[s
             cells += [_mean_text([part.get("rsum", {}).get(column) for part in parts])]
             gain = "" if column == "embedding" else gain_text([part[direction] for part in parts], column)
             rows.append([prefix + title, COLUMN_TITLES[column], *cells, gain])
+    return rows
+
+
+def extended_rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Header and rows of COCO's extended ground truth (eccv.py), summaries as above; nothing where one has none."""
+    parts = [(direction, column) for direction in DIRECTION_TITLES for column in columns_of(*summaries)]
+    if not all("eccv" in summary[direction][column] for summary in summaries for direction, column in parts):
+        return []
+    names = ("mAP@R", "R-Precision", "R@1", "COCO R@1")
+    rows = [["ECCV Caption", "", *names]]
+    for direction, column in parts:
+        figures = [summary[direction][column]["eccv"] for summary in summaries]
+        cells = [_mean_text([figure[name] for figure in figures]) for name in names]
+        rows.append([DIRECTION_TITLES[direction], COLUMN_TITLES[column], *cells])
     return rows
 
 

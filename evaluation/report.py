@@ -21,7 +21,15 @@ from data.caption_datasets import CaptionDataset
 from evaluation.before_after import before_after_gallery
 from evaluation.charts import Line, line_chart
 from evaluation.metrics import RECALL_DEPTHS
-from evaluation.output import COLUMN_TITLES, DIRECTION_TITLES, columns_of, gain_text, read_rankings, write_atomically
+from evaluation.output import (
+    COLUMN_TITLES,
+    DIRECTION_TITLES,
+    columns_of,
+    extended_rows,
+    gain_text,
+    read_rankings,
+    write_atomically,
+)
 from evaluation.results import DirectionResults, Results
 from evaluation.showcase import draw_teaser, pick_examples
 from models.errors import UserError, run_entry_point
@@ -54,6 +62,7 @@ def write_report(
         _header(summary),
         _headline(summary, column),
         _table(summary, column),
+        _extended_table(summary),
         _recall_charts(results),
         _training_charts(metrics),
         before_after_gallery(results, dataset, column),
@@ -138,6 +147,20 @@ def _table_row(title: str, part: dict[str, Any], columns: list[str], best: str) 
         cells.append(f"<td>{part[column]['median_rank']:g}</td>")
     cells.append(f'<td class="group">{gain_text([part], best)}</td><td class="group">{part["pool_ceiling"]:.1f}</td>')
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def _extended_table(summary: dict[str, Any]) -> str:
+    rows = extended_rows([summary])
+    if not rows:
+        return ""
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    head = "".join(f"<th>{cell}</th>" for cell in rows[0])
+    return (
+        "<h2>COCO's extended ground truth</h2>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        '<p class="note">By the package eccv-caption on these rankings, in percent: mAP@R, R-Precision and R@1 where '
+        "everything that people found right counts; COCO R@1 by COCO's own ground truth, five captions an image.</p>"
+    )
 
 
 def _recall_charts(results: Results) -> str:

@@ -63,14 +63,16 @@ def evaluate(
     pairs_per_batch: int | None = None,
     progress: bool = False,
     folds: int = 1,
+    depth: int = 0,
 ) -> Results:
     """Embedding alone and EDJE on one split, text to image and image to text; the same Results on every rank.
 
     k: candidates reranked a query. store: patch tokens, or this model's compressed tokens; caption_store: text
     embeddings; with both, `backbone` may be None. dtype: of the joint encoder, by default the device's fastest.
     folds: equal parts of the images, each ranked and reranked as a gallery of its own; everything is still encoded
-    once and all pairs are batched together. `fused` is in the results if the model's config has a fusion_lambda.
-    Raises UserError if k exceeds the gallery, the folds are not equal, or backbone, store or an image is not usable."""
+    once and all pairs are batched together. depth: candidates kept a query, at least max(k, 10).
+    `fused` is in the results if the model's config has a fusion_lambda. Raises UserError if k exceeds the gallery, the
+    folds are not equal, or backbone, store or an image file is not usable."""
     check_pool(k, dataset, folds)
     dtype = dtype or ranks.gather_objects(fastest_dtype(ranks.device))[0]
     watch = Stopwatch(ranks.device, {"backbone": 0.0, "compress": 0.0, "rerank": 0.0})
@@ -82,7 +84,7 @@ def evaluate(
         for direction in DIRECTIONS:
             images = _image_numbers(dataset, direction)
             edges = np.arange(folds + 1) * (len(dataset) // folds)
-            pools = _pools_of_folds(*_embeddings(gallery, direction), *images, edges, max(k, *RECALL_DEPTHS))
+            pools = _pools_of_folds(*_embeddings(gallery, direction), *images, edges, max(k, depth, *RECALL_DEPTHS))
             with watch.part("rerank"):
                 logits = rerank_pools(scorer, gallery, pools, direction, k, ranks, pairs_per_batch, progress)
             directions[direction] = _direction_results(*images, pools, logits, model.config.fusion_lambda, folds)

@@ -173,6 +173,12 @@ def test_a_benchmarks_name_is_refused_for_a_split_of_another_size(run, scenes, a
         evaluate("--checkpoint", run, "--dataset", "flickr30k", "--data-root", tmp_path)
 
 
+def test_figures_by_cocos_extended_ground_truth_are_refused_for_other_data(run, tmp_path):
+    ended = run_script(SCRIPT, "--checkpoint", run, "--eccv", "--out", tmp_path / "out")
+    assert ended.returncode == 2 and "dataset_scenes.json: names no COCO image and caption numbers" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_image_is_named_before_anything_is_computed(run, annotations, tmp_path):
     with pytest.raises(UserError, match=r"no such image; 12 of the 12 images"):
         evaluate("--checkpoint", run, "--dataset", annotations, "--data-root", tmp_path)
