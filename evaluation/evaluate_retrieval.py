@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import yaml
 
 from data.caption_datasets import CaptionDataset, load_annotations
 from evaluation.eccv import DEPTH, CocoIds, add_extended_figures, may_be_coco_test, read_coco_ids
-from evaluation.output import markdown_table, results_json, write_results
+from evaluation.model_record import SETTINGS, model_record, read_run_config, run_directory
+from evaluation.output import markdown_table, protocol, results_json, write_results
 from evaluation.report import write_report
 from evaluation.results import Results, choose_lambda
 from evaluation.retrieval import check_pool, evaluate
@@ -104,6 +104,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", help="directory of the results (default: evaluation-DATASET-SPLIT beside the checkpoint)"
     )
+    parser.add_argument(
+        "--setting",
+        choices=SETTINGS,
+        help="for results.json, where the config.yaml of the checkpoint's run does not tell what it was trained on",
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     return parser.parse_args(argv)
@@ -124,7 +129,12 @@ def main(argv: list[str] | None = None) -> None:
             evaluator.fit_lambda(source.load(arguments.lambda_split), checkpoint)
         results = evaluator.evaluate(dataset, arguments.folds, depth=DEPTH if coco_ids else 0)
         if ranks.is_main:
-            write_outputs(arguments, checkpoint, source, dataset, results, coco_ids)
+            run = run_directory(arguments.checkpoint, checkpoint)
+            model = model_record(evaluator.model, run, source.name, arguments.setting)
+            summary = results_json(results, str(checkpoint), source.name, arguments.split, model)
+            if coco_ids:
+                add_extended_figures(summary, results, coco_ids)
+            write_outputs(arguments, checkpoint, source, dataset, results, summary)
         ranks.barrier()
 
 
@@ -205,17 +215,8 @@ def find_source(arguments: argparse.Namespace, checkpoint: Path) -> Source:
     )
 
 
-def run_directory(given: str, checkpoint: Path) -> Path:
-    """The run that a checkpoint belongs to: above `checkpoints/`, or what was given itself."""
-    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else Path(given)
-
-
 def _source_of_run(run: Path, data_root: str | None) -> Source:
-    try:
-        config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        config = None
-    data: dict[str, Any] = (config or {}).get("data") or {}
+    data: dict[str, Any] = read_run_config(run).get("data") or {}
     root = data_root or data.get("root")
     if not root or not data.get("annotations"):
         raise UserError(f"{run / CONFIG_FILE}: names no data; pass --dataset and --data-root")
@@ -248,22 +249,16 @@ def write_outputs(
     source: Source,
     dataset: CaptionDataset,
     results: Results,
-    coco_ids: CocoIds | None,
+    summary: dict[str, Any],
 ) -> None:
     """The files, and the table on the terminal."""
     run = run_directory(arguments.checkpoint, checkpoint)
     base = checkpoint.parent if run == checkpoint else run
     folds = f"-{arguments.folds}-folds" if arguments.folds > 1 else ""
     out = Path(arguments.out or base / f"evaluation-{source.annotations.stem}-{arguments.split}{folds}")
-    summary = results_json(results, str(checkpoint), source.name, arguments.split)
-    if coco_ids:
-        add_extended_figures(summary, results, coco_ids)
     write_results(out, results, dataset, summary)
     report = write_report(out, summary, results, dataset, run / "metrics.jsonl")
-    print(
-        f"\n{source.name}, {arguments.split}: {summary['images']:,} images, {summary['captions']:,} captions, "
-        f"k = {arguments.k}\n\n{markdown_table([summary])}\n\nreport: {report}"
-    )
+    print(f"\n{protocol([summary])}\n\n{markdown_table([summary])}\n\nreport: {report}")
 
 
 if __name__ == "__main__":

@@ -25,14 +25,39 @@ from .metrics import RECALL_DEPTHS
 from .results import DirectionResults, Results
 from .trec import trec_files
 
-COLUMN_TITLES = {"embedding": "embedding alone", "reranked": "EDJE", "fused": "EDJE + similarity"}
+COLUMN_TITLES = {
+    "embedding": "embedding alone",
+    "reranked": "EDJE, match logit alone",
+    "fused": "EDJE, logit + λ × cosine",
+}
 DIRECTION_TITLES = {"t2i": "text to image", "i2t": "image to text"}
 DIRECTION_ARRAYS = ("query_image", "item_image", "candidates", "similarities", "logits", "first_right")
 
 
-def results_json(results: Results, checkpoint: str, dataset: str, split: str) -> dict[str, Any]:
-    """The content of results.json: recalls in percent, intervals in percentage points."""
-    return {"checkpoint": checkpoint, "dataset": dataset, "split": split} | results.summary()
+def results_json(
+    results: Results, checkpoint: str, dataset: str, split: str, model: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of results.json: recalls in percent, intervals in percentage points. model: model_record(...)."""
+    names = {"checkpoint": checkpoint, "dataset": dataset, "split": split}
+    return names | ({"model": model} if model else {}) | results.summary()
+
+
+def protocol(summaries: Sequence[dict[str, Any]]) -> str:
+    """What a table's figures are of, in one sentence: data set, split, counts, k, folds, the scores, seeds."""
+    first = summaries[0]
+    parts = [
+        f"{first['dataset']}, {first['split']} split: {first['images']:,} images, {first['captions']:,} captions",
+        f"the embedding's first k = {first['k']} candidates of each query reranked",
+    ]
+    folds = first.get("folds", 1)
+    if folds > 1:
+        parts.append(f"{folds} folds of {first['images'] // folds:,} images, each its own gallery, figures averaged")
+    score = "EDJE by the match logit alone"
+    if "fused" in columns_of(*summaries):
+        chosen = dict.fromkeys(f"{summary['t2i']['fused']['lambda']:g}" for summary in summaries)
+        score += f", or fused: match logit + λ × cosine, λ = {', '.join(chosen)} from validation"
+    parts.append(score)
+    return "; ".join(parts) + (f"; {len(summaries)} seeds" if len(summaries) > 1 else "") + "."
 
 
 def markdown_table(summaries: Sequence[dict[str, Any]], with_subsets: bool = True) -> str:
@@ -112,8 +137,7 @@ def markdown_report(summary: dict[str, Any]) -> str:
     lines = [
         f"# Retrieval on {summary['dataset']}, split {summary['split']}",
         "",
-        f"{summary['images']:,} images, {summary['captions']:,} captions; the embedding's first {summary['k']} "
-        f"candidates of each query reranked. Checkpoint: {summary['checkpoint']}.",
+        f"{protocol([summary])} Checkpoint: {summary['checkpoint']}.",
         "",
         markdown_table([summary]),
         "",
@@ -124,8 +148,6 @@ def markdown_report(summary: dict[str, Any]) -> str:
             f"- {title}: {part['pool_ceiling']:.1f}% of the queries have a right answer in their pool; "
             f"EDJE put {part['helped']} right answers first and lost {part['hurt']}."
         )
-    if "fused" in summary["t2i"]:
-        lines.append(f"- fused score: match logit + {summary['t2i']['fused']['lambda']:g} * cosine, from validation.")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in summary["seconds"].items())
     lines.append(f"- time: {seconds}; {summary['pairs_per_second']:,.0f} pairs/s in {summary['precision']}.")
     return "\n".join(lines) + "\n"

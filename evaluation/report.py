@@ -27,6 +27,7 @@ from evaluation.output import (
     columns_of,
     extended_rows,
     gain_text,
+    protocol,
     read_rankings,
     write_atomically,
 )
@@ -89,9 +90,7 @@ def best_column(summary: dict[str, Any]) -> str:
 def _header(summary: dict[str, Any]) -> str:
     return (
         f"<h1>EDJE on {escape(Path(summary['dataset']).stem.removeprefix('dataset_'))}</h1>"
-        f'<p class="lead">Split {escape(summary["split"])}: {summary["images"]:,} images, {summary["captions"]:,} '
-        f"captions. The embedding ranks everything; EDJE reorders the first {summary['k']} candidates of each query."
-        "</p>"
+        f'<p class="lead">{escape(protocol([summary]))}</p>'
     )
 
 
@@ -130,7 +129,8 @@ def _table(summary: dict[str, Any], best: str) -> str:
         sums = "".join(f'<td colspan="4" class="group">{part["rsum"][column]:.1f}</td>' for column in columns)
         rows.append(f'<tr><td>rSum</td>{sums}<td class="group" colspan="2"></td></tr>')
     return (
-        f'<h2>Recall</h2><div class="scroll"><table><thead><tr><th></th>{top}<th class="group">gain, R@1</th>'
+        f'<h2>Recall</h2><p class="note">{escape(protocol([summary]))}</p>'
+        f'<div class="scroll"><table><thead><tr><th></th>{top}<th class="group">gain, R@1</th>'
         f'<th class="group">pool</th></tr><tr><th></th>{depths}<th class="group">[95%]</th>'
         f'<th class="group">ceiling</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
@@ -232,19 +232,12 @@ def _series(metrics: list[dict[str, Any]], key: str, name: str, color: str, fact
 
 def _reading_guide(summary: dict[str, Any]) -> str:
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in summary["seconds"].items())
-    fused = ""
-    if "fused" in summary["t2i"]:
-        fused = (
-            f" {COLUMN_TITLES['fused']}: match logit + {summary['t2i']['fused']['lambda']:g} × cosine, the weight "
-            "chosen on the validation split."
-        )
     return (
         "<h2>How to read this</h2>"
         "<p>R@K is the percentage of queries with a right answer among the first K; for an image, any of its own "
         "captions is right. MedR is the median rank of the first right answer in the whole gallery, from 1 on; below "
         "the reranked pool that is the embedding's. rSum is the sum of both directions' R@1, R@5 and R@10. Every "
-        f"column ranks the same candidates. EDJE: by the match logit alone.{fused} Intervals: paired bootstrap over "
-        "queries.</p>"
+        "column ranks the same candidates. Intervals: paired bootstrap over queries.</p>"
         f'<p class="note">Time: {seconds}; {summary["pairs_per_second"]:,.0f} pairs/s in {summary["precision"]}.<br>'
         f"Checkpoint <code>{escape(summary['checkpoint'])}</code>, data <code>{escape(summary['dataset'])}</code>.</p>"
     )

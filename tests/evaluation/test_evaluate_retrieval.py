@@ -80,7 +80,13 @@ def test_a_runs_own_data_is_evaluated_and_every_file_written(run, tmp_path, caps
         assert 0 <= part["embedding"]["R@1"] <= part["pool_ceiling"] <= 100
         assert len(part["gain_R@1_ci95"]) == 2
     printed = capsys.readouterr().out
-    assert "embedding alone" in printed and "text to image" in printed and str(tmp_path / "report.html") in printed
+    assert summary["model"]["trained_on"] == [annotations.name] and summary["model"]["setting"] == "fine-tuned"
+    assert (
+        "EDJE by the match logit alone" in printed
+        and "embedding alone" in printed
+        and "text to image" in printed
+        and str(tmp_path / "report.html") in printed
+    )
     assert {path.name for path in tmp_path.iterdir()} == {
         "results.json",
         "results.md",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -89,6 +91,20 @@ def test_the_page_is_well_formed_and_needs_no_network(out):
     assert not parser.open
     assert parser.sources and all(source.startswith("data:image/") for source in parser.sources)
     assert "<script" not in page and not re.search(r"url\(|@import|https?://", page)
+
+
+def test_page_and_table_name_data_split_counts_pool_folds_and_scores(results, dataset, tmp_path):
+    folded = replace(results, t2i=replace(results.t2i, folds=4), i2t=replace(results.i2t, folds=4))
+    summary = results_json(folded, "runs/x", "data/scenes.json", "train")
+    write_results(tmp_path, folded, dataset, summary)
+    write_report(tmp_path, summary, folded, dataset)
+    expected = (
+        "data/scenes.json, train split: 48 images, 240 captions; the embedding's first k = 8 candidates of each query "
+        "reranked; 4 folds of 12 images, each its own gallery, figures averaged; EDJE by the match logit alone, or "
+        "fused: match logit + λ × cosine, λ = 2 from validation."
+    )
+    assert expected in (tmp_path / "results.md").read_text()
+    assert expected in unescape((tmp_path / "report.html").read_text())
 
 
 def test_the_page_shows_numbers_of_results_json_and_escapes_names(out):
