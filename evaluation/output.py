@@ -70,7 +70,7 @@ def markdown_table(summaries: Sequence[dict[str, Any]], with_subsets: bool = Tru
     rows += _direction_rows(summaries, "")
     for name in summaries[0].get("subsets", {}) if with_subsets else ():
         rows += _direction_rows([summary["subsets"][name] for summary in summaries], f"*{name}*, ")
-    return "\n\n".join(_aligned(part) for part in (rows, extended_rows(summaries)) if part)
+    return "\n\n".join(aligned(part) for part in (rows, extended_rows(summaries)) if part)
 
 
 def _direction_rows(parts: Sequence[dict[str, Any]], prefix: str) -> list[list[str]]:
@@ -123,7 +123,7 @@ def gain_text(parts: Sequence[dict[str, Any]], column: str) -> str:
     return f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
     """A Markdown table whose source reads as a table too."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
