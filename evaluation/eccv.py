@@ -6,7 +6,7 @@ install eccv-caption`, on our rankings. It knows images and captions by COCO's n
 them: `cocoid` and each sentence's `sentid` in Karpathy's dataset_coco.json. BLIP's and ALBEF's lists have none.
 
 Karpathy's test split has 25,010 captions, the package's 25,000, five an image: the other ten are left out of the
-rankings, as in ECCV Caption's own evaluation, and as queries.
+rankings, as ECCV Caption's own rankings do not have them, and as queries.
 """
 
 from __future__ import annotations

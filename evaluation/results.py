@@ -26,6 +26,7 @@ from .metrics import (
     right_answers,
 )
 
+COLUMNS = ("embedding", "reranked", "fused")
 LAMBDA_GRID = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 """Logits differ by units and cosines by hundredths, so the grid reaches from the logit alone to the embedding alone."""
 
@@ -57,7 +58,7 @@ class DirectionResults:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that there are; `fused` needs a lambda."""
-        return ("embedding", "reranked") if self.fusion_lambda is None else ("embedding", "reranked", "fused")
+        return COLUMNS[:2] if self.fusion_lambda is None else COLUMNS
 
     def scores(self, column: str) -> np.ndarray:
         """[Q, k] float32: what `column` orders the pool by."""

@@ -130,7 +130,7 @@ def first_stage(queries: Tensor, items: Tensor, query_image: np.ndarray, item_im
     query_image [Q] and item_image [N] say which items are right. Equal similarities are ordered by item number.
     Returns all N where depth exceeds N. Beyond the result, memory holds a few [QUERIES_PER_BLOCK, N] at a time."""
     depth = min(depth, len(items))
-    query_image, item_image = (torch.from_numpy(images).to(items.device) for images in (query_image, item_image))
+    query_image, item_image = (torch.tensor(images, device=items.device) for images in (query_image, item_image))
     items = items.double()
     numbers = torch.arange(len(items), device=items.device)
 

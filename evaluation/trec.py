@@ -27,9 +27,7 @@ import numpy as np
 from data.caption_datasets import CaptionDataset
 
 from .metrics import RECALL_DEPTHS
-from .results import Results
-
-COLUMNS = ("embedding", "reranked", "fused")
+from .results import COLUMNS, Results
 
 
 def trec_files(results: Results, dataset: CaptionDataset) -> Iterator[tuple[str, str | None]]:

@@ -107,6 +107,15 @@ def test_page_and_table_name_data_split_counts_pool_folds_and_scores(results, da
     assert expected in unescape((tmp_path / "report.html").read_text())
 
 
+def test_the_page_shows_figures_by_the_extended_ground_truth_where_there_are(results, dataset, tmp_path):
+    summary = results_json(results, "runs/x", "coco", "test")
+    assert "mAP@R" not in write_report(tmp_path, summary, results, dataset).read_text()
+    for number, part in enumerate(summary[way][column] for way in ("t2i", "i2t") for column in results.t2i.columns):
+        part["eccv"] = {"mAP@R": 31.0 + number, "R-Precision": 41.0, "R@1": 51.0, "COCO R@1": 61.0}
+    page = write_report(tmp_path, summary, results, dataset).read_text()
+    assert "<th>mAP@R</th>" in page and all(f"<td>{31.0 + number}</td>" in page for number in range(6))
+
+
 def test_the_page_shows_numbers_of_results_json_and_escapes_names(out):
     page, summary = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
     for direction in ("t2i", "i2t"):
