@@ -5,8 +5,10 @@ Any Karpathy file:        python evaluation/evaluate_retrieval.py --checkpoint r
                               --dataset emoji/dataset_emoji.json --data-root emoji --split test
 Eight GPUs:               torchrun --nproc_per_node=8 evaluation/evaluate_retrieval.py --checkpoint runs/coco \\
                               --dataset flickr30k --data-root flickr30k
+COCO 5-fold 1k:           the same with --dataset coco --data-root coco --folds 5
 
-Writes results.json, results.md, report.html and rankings.npz; the rankings do not depend on the number of processes.
+Writes results.json, results.md, report.html, rankings.npz, and TREC run files with qrels (evaluation/trec.py). The
+rankings do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import yaml
 
 from data.caption_datasets import CaptionDataset, load_annotations
-from evaluation.output import markdown_table, results_json, write_results
+from evaluation.eccv import DEPTH, CocoIds, add_extended_figures, may_be_coco_test, read_coco_ids
+from evaluation.model_record import SETTINGS, model_record, read_run_config, run_directory
+from evaluation.output import markdown_table, protocol, results_json, write_results
 from evaluation.report import write_report
 from evaluation.results import Results, choose_lambda
 from evaluation.retrieval import check_pool, evaluate
@@ -78,6 +81,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-root", help="folder that the annotations' image paths start from")
     parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
     parser.add_argument("--k", type=int, default=10, help="candidates reranked a query (default: 10)")
+    parser.add_argument(
+        "--folds",
+        type=int,
+        default=1,
+        help="equal parts of the images, each its own gallery, figures averaged; 5 on COCO's test split: 5-fold 1k",
+    )
+    parser.add_argument(
+        "--eccv",
+        action="store_true",
+        help="insist on mAP@R and R-Precision by COCO's extended ground truth (evaluation/eccv.py), which come by "
+        "themselves with COCO's 5k test split where the package eccv-caption is installed",
+    )
     parser.add_argument("--store", help="token store to read instead of images: patch tokens, or this checkpoint's own")
     parser.add_argument(
         "--caption-store", help="store of the captions' text embeddings; with --store: no backbone runs"
@@ -88,6 +103,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out", help="directory of the results (default: evaluation-DATASET-SPLIT beside the checkpoint)"
+    )
+    parser.add_argument(
+        "--setting",
+        choices=SETTINGS,
+        help="for results.json, where the config.yaml of the checkpoint's run does not tell what it was trained on",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -102,13 +122,19 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = resolve_checkpoint(arguments.checkpoint)
         source = find_source(arguments, checkpoint)
         dataset = source.load(arguments.split)
-        check_pool(arguments.k, dataset)
+        check_pool(arguments.k, dataset, arguments.folds)
+        coco_ids = find_coco_ids(arguments, source, dataset, ranks)
         evaluator = Evaluator.load(arguments, checkpoint, source, ranks)
         if arguments.lambda_split:
             evaluator.fit_lambda(source.load(arguments.lambda_split), checkpoint)
-        results = evaluator.evaluate(dataset)
+        results = evaluator.evaluate(dataset, arguments.folds, depth=DEPTH if coco_ids else 0)
         if ranks.is_main:
-            write_outputs(arguments, checkpoint, source, dataset, results)
+            run = run_directory(arguments.checkpoint, checkpoint)
+            model = model_record(evaluator.model, run, source.name, arguments.setting)
+            summary = results_json(results, str(checkpoint), source.name, arguments.split, model)
+            if coco_ids:
+                add_extended_figures(summary, results, coco_ids)
+            write_outputs(arguments, checkpoint, source, dataset, results, summary)
         ranks.barrier()
 
 
@@ -144,7 +170,7 @@ class Evaluator:
             backbone = Backbone.load(config, ranks.device, precision)
         return cls(model, backbone, store, caption_store, getattr(torch, precision), arguments.k, ranks)
 
-    def evaluate(self, dataset: CaptionDataset) -> Results:
+    def evaluate(self, dataset: CaptionDataset, folds: int = 1, depth: int = 0) -> Results:
         return evaluate(
             self.model,
             self.backbone,
@@ -155,6 +181,8 @@ class Evaluator:
             caption_store=self.caption_store,
             dtype=self.dtype,
             progress=self.ranks.is_main,
+            folds=folds,
+            depth=depth,
         )
 
     def fit_lambda(self, validation: CaptionDataset, checkpoint: Path) -> None:
@@ -187,17 +215,8 @@ def find_source(arguments: argparse.Namespace, checkpoint: Path) -> Source:
     )
 
 
-def run_directory(given: str, checkpoint: Path) -> Path:
-    """The run that a checkpoint belongs to: above `checkpoints/`, or what was given itself."""
-    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else Path(given)
-
-
 def _source_of_run(run: Path, data_root: str | None) -> Source:
-    try:
-        config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        config = None
-    data: dict[str, Any] = (config or {}).get("data") or {}
+    data: dict[str, Any] = read_run_config(run).get("data") or {}
     root = data_root or data.get("root")
     if not root or not data.get("annotations"):
         raise UserError(f"{run / CONFIG_FILE}: names no data; pass --dataset and --data-root")
@@ -205,20 +224,41 @@ def _source_of_run(run: Path, data_root: str | None) -> Source:
     return Source(str(annotations), annotations, Path(root), data.get("store") or "", data.get("caption_store") or "")
 
 
+def find_coco_ids(
+    arguments: argparse.Namespace, source: Source, dataset: CaptionDataset, ranks: Ranks
+) -> CocoIds | None:
+    """COCO's numbers where figures by the extended ground truth are asked for or possible; else None, and where the
+    counts are COCO's, a line that tells what is missing."""
+    if arguments.eccv and arguments.folds > 1:
+        raise UserError("--eccv is about the whole 5k test split as one gallery; drop --folds")
+    if not arguments.eccv and (arguments.folds > 1 or not may_be_coco_test(dataset)):
+        return None
+    try:
+        return read_coco_ids(source.annotations, dataset)
+    except UserError as error:
+        if arguments.eccv:
+            raise
+        if ranks.is_main:
+            print(f"without figures by COCO's extended ground truth: {error}")
+        return None
+
+
 def write_outputs(
-    arguments: argparse.Namespace, checkpoint: Path, source: Source, dataset: CaptionDataset, results: Results
+    arguments: argparse.Namespace,
+    checkpoint: Path,
+    source: Source,
+    dataset: CaptionDataset,
+    results: Results,
+    summary: dict[str, Any],
 ) -> None:
     """The files, and the table on the terminal."""
     run = run_directory(arguments.checkpoint, checkpoint)
     base = checkpoint.parent if run == checkpoint else run
-    out = Path(arguments.out or base / f"evaluation-{source.annotations.stem}-{arguments.split}")
-    summary = results_json(results, str(checkpoint), source.name, arguments.split)
+    folds = f"-{arguments.folds}-folds" if arguments.folds > 1 else ""
+    out = Path(arguments.out or base / f"evaluation-{source.annotations.stem}-{arguments.split}{folds}")
     write_results(out, results, dataset, summary)
     report = write_report(out, summary, results, dataset, run / "metrics.jsonl")
-    print(
-        f"\n{source.name}, {arguments.split}: {summary['images']:,} images, {summary['captions']:,} captions, "
-        f"k = {arguments.k}\n\n{markdown_table(summary)}\n\nreport: {report}"
-    )
+    print(f"\n{protocol([summary])}\n\n{markdown_table([summary])}\n\nreport: {report}")
 
 
 if __name__ == "__main__":

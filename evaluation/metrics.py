@@ -7,7 +7,7 @@ with its image, so any of an image's (five) captions is right: the protocol of F
 Letters: Q queries, D depth of a ranking, N candidates in the gallery.
 
     hits = right_answers(rankings, query_image, item_image)       # [Q, D] bool
-    recalls(hits)                                                 # {"R@1": 84.3, "R@5": 96.6, "R@10": 97.9}
+    recall_at_k(hits, 1)                                          # 84.3
 """
 
 from __future__ import annotations
@@ -34,11 +34,6 @@ def recall_at_k(hits: np.ndarray, k: int) -> float:
     return 100.0 * float(hits[:, :k].any(axis=1).mean())
 
 
-def recalls(hits: np.ndarray) -> dict[str, float]:
-    """R@1, R@5 and R@10 in percent, for hits [Q, D] bool with D at least min(10, N)."""
-    return {f"R@{k}": recall_at_k(hits, k) for k in RECALL_DEPTHS}
-
-
 def helped_and_hurt(before: np.ndarray, after: np.ndarray) -> tuple[int, int]:
     """Queries whose first candidate became right, and those whose first candidate became wrong; hits [Q, D] bool."""
     return int((after[:, 0] & ~before[:, 0]).sum()), int((before[:, 0] & ~after[:, 0]).sum())
@@ -55,6 +50,11 @@ def gain_interval(before: np.ndarray, after: np.ndarray, resamples: int = 10_000
     drawn = np.random.default_rng(seed).multinomial(queries, shares, size=resamples)
     low, high = np.percentile(100.0 * (drawn[:, 0] - drawn[:, 1]) / queries, [2.5, 97.5])
     return float(low), float(high)
+
+
+def median_rank(ranks: np.ndarray) -> float:
+    """Median of the 0-based ranks [Q], told from 1 on and rounded down, as VSE++ and its successors report it."""
+    return float(np.floor(np.median(ranks)) + 1)
 
 
 def first_right_rank(hits: np.ndarray) -> np.ndarray:

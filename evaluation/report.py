@@ -20,8 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.caption_datasets import CaptionDataset
 from evaluation.before_after import before_after_gallery
 from evaluation.charts import Line, line_chart
-from evaluation.metrics import RECALL_DEPTHS, recall_at_k
-from evaluation.output import COLUMN_TITLES, DIRECTION_TITLES, gain_text, read_rankings, write_atomically
+from evaluation.metrics import RECALL_DEPTHS
+from evaluation.output import (
+    COLUMN_TITLES,
+    DIRECTION_TITLES,
+    columns_of,
+    extended_rows,
+    gain_text,
+    protocol,
+    read_rankings,
+    write_atomically,
+)
 from evaluation.results import DirectionResults, Results
 from evaluation.showcase import draw_teaser, pick_examples
 from models.errors import UserError, run_entry_point
@@ -54,6 +63,7 @@ def write_report(
         _header(summary),
         _headline(summary, column),
         _table(summary, column),
+        _extended_table(summary),
         _recall_charts(results),
         _training_charts(metrics),
         before_after_gallery(results, dataset, column),
@@ -80,9 +90,7 @@ def best_column(summary: dict[str, Any]) -> str:
 def _header(summary: dict[str, Any]) -> str:
     return (
         f"<h1>EDJE on {escape(Path(summary['dataset']).stem.removeprefix('dataset_'))}</h1>"
-        f'<p class="lead">Split {escape(summary["split"])}: {summary["images"]:,} images, {summary["captions"]:,} '
-        f"captions. The embedding ranks everything; EDJE reorders the first {summary['k']} candidates of each query."
-        "</p>"
+        f'<p class="lead">{escape(protocol([summary]))}</p>'
     )
 
 
@@ -110,16 +118,19 @@ def _card(title: str, part: dict[str, Any], column: str) -> str:
 
 def _table(summary: dict[str, Any], best: str) -> str:
     """All columns, both directions, the whole split and its subsets; the gain is that of column `best`."""
-    columns = [column for column in COLUMN_TITLES if column in summary["t2i"]]
-    top = "".join(f'<th colspan="3" class="group">{COLUMN_TITLES[column]}</th>' for column in columns)
-    depths = '<th class="group">R@1</th><th>R@5</th><th>R@10</th>' * len(columns)
+    columns = columns_of(summary)
+    top = "".join(f'<th colspan="4" class="group">{COLUMN_TITLES[column]}</th>' for column in columns)
+    depths = '<th class="group">R@1</th><th>R@5</th><th>R@10</th><th>MedR</th>' * len(columns)
     parts = {"Whole split": summary} | summary.get("subsets", {})
     rows = []
     for name, part in parts.items():
-        rows.append(f'<tr class="part"><th colspan="{3 * len(columns) + 3}">{escape(name)}</th></tr>')
+        rows.append(f'<tr class="part"><th colspan="{4 * len(columns) + 3}">{escape(name)}</th></tr>')
         rows += [_table_row(title, part[d], columns, best) for d, title in DIRECTION_TITLES.items()]
+        sums = "".join(f'<td colspan="4" class="group">{part["rsum"][column]:.1f}</td>' for column in columns)
+        rows.append(f'<tr><td>rSum</td>{sums}<td class="group" colspan="2"></td></tr>')
     return (
-        f'<h2>Recall</h2><div class="scroll"><table><thead><tr><th></th>{top}<th class="group">gain, R@1</th>'
+        f'<h2>Recall</h2><p class="note">{escape(protocol([summary]))}</p>'
+        f'<div class="scroll"><table><thead><tr><th></th>{top}<th class="group">gain, R@1</th>'
         f'<th class="group">pool</th></tr><tr><th></th>{depths}<th class="group">[95%]</th>'
         f'<th class="group">ceiling</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
@@ -133,8 +144,23 @@ def _table_row(title: str, part: dict[str, Any], columns: list[str], best: str) 
             highest = value == max(part[other][f"R@{k}"] for other in columns)
             classes = " ".join(name for name, on in (("group", k == 1), ("best", highest)) if on)
             cells.append(f'<td class="{classes}">{value:.1f}</td>')
-    cells.append(f'<td class="group">{gain_text(part, best)}</td><td class="group">{part["pool_ceiling"]:.1f}</td>')
+        cells.append(f"<td>{part[column]['median_rank']:g}</td>")
+    cells.append(f'<td class="group">{gain_text([part], best)}</td><td class="group">{part["pool_ceiling"]:.1f}</td>')
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def _extended_table(summary: dict[str, Any]) -> str:
+    rows = extended_rows([summary])
+    if not rows:
+        return ""
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    head = "".join(f"<th>{cell}</th>" for cell in rows[0])
+    return (
+        "<h2>COCO's extended ground truth</h2>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        '<p class="note">By the package eccv-caption on these rankings, in percent: mAP@R, R-Precision and R@1 where '
+        "everything that people found right counts; COCO R@1 by COCO's own ground truth, five captions an image.</p>"
+    )
 
 
 def _recall_charts(results: Results) -> str:
@@ -157,9 +183,9 @@ def _recall_charts(results: Results) -> str:
 def _pool_lines(part: DirectionResults) -> list[Line]:
     sizes = list(range(1, part.k + 1))
     embedding = part.hits("embedding")
-    lines = [Line("pool ceiling", sizes, [recall_at_k(embedding, size) for size in sizes], "third", dashed=True)]
+    lines = [Line("pool ceiling", sizes, [part.recall(embedding, size) for size in sizes], "third", dashed=True)]
     for column in part.columns:
-        recalls = [recall_at_k(part.hits(column, pool=size), 1) for size in sizes]
+        recalls = [part.recall(part.hits(column, pool=size), 1) for size in sizes]
         lines.append(Line(COLUMN_TITLES[column], sizes, recalls, COLORS[column]))
     return lines
 
@@ -169,7 +195,7 @@ def _depth_lines(part: DirectionResults) -> list[Line]:
     for column in part.columns:
         hits = part.hits(column)
         depths = list(range(1, hits.shape[1] + 1))
-        lines.append(Line(COLUMN_TITLES[column], depths, [recall_at_k(hits, k) for k in depths], COLORS[column]))
+        lines.append(Line(COLUMN_TITLES[column], depths, [part.recall(hits, k) for k in depths], COLORS[column]))
     return lines
 
 
@@ -206,17 +232,12 @@ def _series(metrics: list[dict[str, Any]], key: str, name: str, color: str, fact
 
 def _reading_guide(summary: dict[str, Any]) -> str:
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in summary["seconds"].items())
-    fused = ""
-    if "fused" in summary["t2i"]:
-        fused = (
-            f" {COLUMN_TITLES['fused']}: match logit + {summary['t2i']['fused']['lambda']:g} × cosine, the weight "
-            "chosen on the validation split."
-        )
     return (
         "<h2>How to read this</h2>"
         "<p>R@K is the percentage of queries with a right answer among the first K; for an image, any of its own "
-        f"captions is right. Every column ranks the same candidates. EDJE: by the match logit alone.{fused} Intervals: "
-        "paired bootstrap over queries.</p>"
+        "captions is right. MedR is the median rank of the first right answer in the whole gallery, from 1 on; below "
+        "the reranked pool that is the embedding's. rSum is the sum of both directions' R@1, R@5 and R@10. Every "
+        "column ranks the same candidates. Intervals: paired bootstrap over queries.</p>"
         f'<p class="note">Time: {seconds}; {summary["pairs_per_second"]:,.0f} pairs/s in {summary["precision"]}.<br>'
         f"Checkpoint <code>{escape(summary['checkpoint'])}</code>, data <code>{escape(summary['dataset'])}</code>.</p>"
     )

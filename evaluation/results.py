@@ -3,18 +3,30 @@
 Three columns rank the same candidates, by one function: `embedding` (the first stage), `reranked` (the first k
 reordered by the match logit alone, the paper's protocol) and `fused` (by logit + lambda * cosine, BLIP's protocol).
 Letters: Q queries, N candidates in the gallery, D candidates kept a query, k of them reranked.
+
+With folds (COCO's 5-fold 1k protocol) the images are cut into equal consecutive parts, each a gallery of its own with
+its captions; a figure is the mean of the folds' figures, counts and intervals are over all queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from .metrics import gain_interval, helped_and_hurt, recall_at_k, recalls, right_answers
+from .metrics import (
+    RECALL_DEPTHS,
+    first_right_rank,
+    gain_interval,
+    helped_and_hurt,
+    median_rank,
+    recall_at_k,
+    right_answers,
+)
 
+COLUMNS = ("embedding", "reranked", "fused")
 LAMBDA_GRID = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 """Logits differ by units and cosines by hundredths, so the grid reaches from the logit alone to the embedding alone."""
 
@@ -33,7 +45,11 @@ class DirectionResults:
     """[Q, D] float32: their cosines."""
     logits: np.ndarray
     """[Q, k] float32: match logits of the first k."""
+    first_right: np.ndarray
+    """[Q] int64: the embedding's 0-based rank of the first right answer in the whole gallery, not only the D kept."""
     fusion_lambda: float | None = None
+    folds: int = 1
+    """Galleries that the images are cut into; numbers of images and candidates count through them."""
 
     @property
     def k(self) -> int:
@@ -42,7 +58,7 @@ class DirectionResults:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that there are; `fused` needs a lambda."""
-        return ("embedding", "reranked") if self.fusion_lambda is None else ("embedding", "reranked", "fused")
+        return COLUMNS[:2] if self.fusion_lambda is None else COLUMNS
 
     def scores(self, column: str) -> np.ndarray:
         """[Q, k] float32: what `column` orders the pool by."""
@@ -65,6 +81,22 @@ class DirectionResults:
         """[Q, D] bool: which candidates of `rankings(column, pool)` are right."""
         return right_answers(self.rankings(column, pool), self.query_image, self.item_image)
 
+    def first_right_ranks(self, column: str) -> np.ndarray:
+        """[Q] int64: 0-based rank of the first right answer in the whole gallery.
+
+        Reranking moves it within the pool of k; a right answer below the pool stays where the embedding ranked it."""
+        within = first_right_rank(self.hits(column)[:, : self.k])
+        return np.where(within < self.k, within, self.first_right)
+
+    def recall(self, hits: np.ndarray, k: int) -> float:
+        """R@k in percent, hits [Q, D] bool: the mean over the folds."""
+        return self._mean(lambda of_fold: recall_at_k(of_fold, k), hits)
+
+    def _mean(self, metric: Callable[[np.ndarray], float], of_queries: np.ndarray) -> float:
+        """The metric of each fold's queries, averaged over the folds that have any."""
+        fold = self.query_image * self.folds // (self.item_image.max() + 1)
+        return float(np.mean([metric(of_queries[fold == number]) for number in np.unique(fold)]))
+
     def of_queries(self, chosen: np.ndarray) -> DirectionResults:
         """These queries alone (mask or numbers [q]); the gallery stays whole."""
         return replace(
@@ -73,13 +105,17 @@ class DirectionResults:
             candidates=self.candidates[chosen],
             similarities=self.similarities[chosen],
             logits=self.logits[chosen],
+            first_right=self.first_right[chosen],
         )
 
     def summary(self) -> dict[str, Any]:
         """One direction of results.json: recalls in percent, intervals in percentage points."""
         hits = {column: self.hits(column) for column in self.columns}
-        summary: dict[str, Any] = {column: recalls(hits[column]) for column in self.columns}
-        summary["pool_ceiling"] = recall_at_k(hits["embedding"], self.k)
+        summary: dict[str, Any] = {}
+        for column in self.columns:
+            summary[column] = {f"R@{k}": self.recall(hits[column], k) for k in RECALL_DEPTHS}
+            summary[column]["median_rank"] = self._mean(median_rank, self.first_right_ranks(column))
+        summary["pool_ceiling"] = self.recall(hits["embedding"], self.k)
         summary |= _gain(hits["embedding"], hits["reranked"])
         if self.fusion_lambda is not None:
             summary["fused"]["lambda"] = self.fusion_lambda
@@ -136,20 +172,27 @@ class Results:
         """results.json without the names of checkpoint, data set and split."""
         summary: dict[str, Any] = {
             "k": self.t2i.k,
+            "folds": self.t2i.folds,
             "images": self.num_images,
             "captions": self.num_captions,
-            "t2i": self.t2i.summary(),
-            "i2t": self.i2t.summary(),
+            **self._figures(),
             "seconds": self.seconds,
             "pairs_per_second": self.pairs_per_second,
             "precision": self.precision,
         }
         subsets = {name: self.subset(name) for name in self.subset_names()}
         if subsets:
-            summary["subsets"] = {
-                name: {"t2i": part.t2i.summary(), "i2t": part.i2t.summary()} for name, part in subsets.items()
-            }
+            summary["subsets"] = {name: part._figures() for name, part in subsets.items()}
         return summary
+
+    def _figures(self) -> dict[str, Any]:
+        """Both directions, and rSum: the sum of their R@1, R@5 and R@10 by column, 600 at best."""
+        figures: dict[str, Any] = {"t2i": self.t2i.summary(), "i2t": self.i2t.summary()}
+        figures["rsum"] = {
+            column: sum(figures[direction][column][f"R@{k}"] for direction in ("t2i", "i2t") for k in RECALL_DEPTHS)
+            for column in self.t2i.columns
+        }
+        return figures
 
 
 def choose_lambda(validation: Results, grid: Sequence[float] = LAMBDA_GRID) -> float:

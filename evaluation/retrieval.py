@@ -11,6 +11,7 @@ N candidates, C captions, k candidates reranked a query, D kept, De embedding wi
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,8 @@ class Pools:
     """[Q, D] int64."""
     similarities: Tensor
     """[Q, D] float32 cosines."""
+    first_right: Tensor
+    """[Q] int64: 0-based rank of the first right answer among all N items; N where there is none."""
 
 
 def evaluate(
@@ -59,14 +62,18 @@ def evaluate(
     dtype: torch.dtype | None = None,
     pairs_per_batch: int | None = None,
     progress: bool = False,
+    folds: int = 1,
+    depth: int = 0,
 ) -> Results:
     """Embedding alone and EDJE on one split, text to image and image to text; the same Results on every rank.
 
     k: candidates reranked a query. store: patch tokens, or this model's compressed tokens; caption_store: text
     embeddings; with both, `backbone` may be None. dtype: of the joint encoder, by default the device's fastest.
-    `fused` is in the results if the model's config has a fusion_lambda. Raises UserError if k exceeds the gallery,
-    or backbone, store or an image file is not usable."""
-    check_pool(k, dataset)
+    folds: equal parts of the images, each ranked and reranked as a gallery of its own; everything is still encoded
+    once and all pairs are batched together. depth: candidates kept a query, at least max(k, 10).
+    `fused` is in the results if the model's config has a fusion_lambda. Raises UserError if k exceeds the gallery, the
+    folds are not equal, or backbone, store or an image file is not usable."""
+    check_pool(k, dataset, folds)
     dtype = dtype or ranks.gather_objects(fastest_dtype(ranks.device))[0]
     watch = Stopwatch(ranks.device, {"backbone": 0.0, "compress": 0.0, "rerank": 0.0})
     was_training = model.training
@@ -75,38 +82,66 @@ def evaluate(
         gallery = build_gallery(model, backbone, dataset, ranks, store, caption_store, watch, progress)
         directions = {}
         for direction in DIRECTIONS:
-            pools = first_stage(*_embeddings(gallery, direction), depth=max(k, *RECALL_DEPTHS))
+            images = _image_numbers(dataset, direction)
+            edges = np.arange(folds + 1) * (len(dataset) // folds)
+            pools = _pools_of_folds(*_embeddings(gallery, direction), *images, edges, max(k, depth, *RECALL_DEPTHS))
             with watch.part("rerank"):
                 logits = rerank_pools(scorer, gallery, pools, direction, k, ranks, pairs_per_batch, progress)
-            directions[direction] = _direction_results(dataset, direction, pools, logits, model.config.fusion_lambda)
+            directions[direction] = _direction_results(*images, pools, logits, model.config.fusion_lambda, folds)
     model.train(was_training)
     precision = dtype_name(dtype)
     return Results(**directions, image_subsets=dataset.subsets, seconds=watch.seconds, precision=precision)
 
 
-def check_pool(k: int, dataset: CaptionDataset) -> None:
-    """Raises UserError unless 1 <= k <= number of candidates in both directions."""
-    smallest = min(len(dataset), len(dataset.captions))
+def check_pool(k: int, dataset: CaptionDataset, folds: int = 1) -> None:
+    """Raises UserError unless the folds are equal and 1 <= k <= number of candidates in both directions in each."""
+    images, captions = len(dataset), len(dataset.captions)
+    if folds < 1 or images % folds:
+        raise UserError(f"{folds} folds of {images} images are not equal; choose a divisor of {images}")
+    if folds > 1 and images // folds < max(RECALL_DEPTHS):
+        raise UserError(f"{folds} folds of {images} images have {images // folds} each; R@10 needs at least 10")
+    smallest = min(images // folds, captions)
     if not 1 <= k <= smallest:
+        gallery = f"the gallery has {images} images and {captions} captions"
         raise UserError(
-            f"k is {k}, but the gallery has {len(dataset)} images and {len(dataset.captions)} captions; "
+            f"k is {k}, but {gallery if folds == 1 else f'each of {folds} folds has {smallest} images'}; "
             f"choose k from 1 to {smallest}"
         )
 
 
-def first_stage(queries: Tensor, items: Tensor, depth: int) -> Pools:
+def _pools_of_folds(
+    queries: Tensor, items: Tensor, query_image: np.ndarray, item_image: np.ndarray, edges: np.ndarray, depth: int
+) -> Pools:
+    """first_stage() of each fold among its own items; item numbers count through the folds.
+
+    edges: [folds + 1] first image of each fold and the number of images; queries and items are sorted by image."""
+    of_folds = []
+    bounds = (itertools.pairwise(np.searchsorted(images, edges).tolist()) for images in (query_image, item_image))
+    for query_bounds, item_bounds in zip(*bounds, strict=True):
+        query, item = slice(*query_bounds), slice(*item_bounds)
+        pools = first_stage(queries[query], items[item], query_image[query], item_image[item], depth)
+        of_folds.append((pools.ids + item.start, pools.similarities, pools.first_right))
+    return Pools(*(torch.cat(column) for column in zip(*of_folds, strict=True)))
+
+
+def first_stage(queries: Tensor, items: Tensor, query_image: np.ndarray, item_image: np.ndarray, depth: int) -> Pools:
     """The `depth` items of highest cosine for each query: queries [Q, De], items [N, De], both normalised.
 
-    Equal similarities are ordered by item number. Returns all N where depth exceeds N."""
+    query_image [Q] and item_image [N] say which items are right. Equal similarities are ordered by item number.
+    Returns all N where depth exceeds N. Beyond the result, memory holds a few [QUERIES_PER_BLOCK, N] at a time."""
     depth = min(depth, len(items))
+    query_image, item_image = (torch.tensor(images, device=items.device) for images in (query_image, item_image))
     items = items.double()
     numbers = torch.arange(len(items), device=items.device)
 
-    def search(part: slice) -> tuple[Tensor, Tensor]:
+    def search(part: slice) -> tuple[Tensor, Tensor, Tensor]:
         # float64, rounded to float32: items with the same embedding tie exactly, wherever they lie in the product.
         cosine = (queries[part].double() @ items.T).float()
-        best = (_ordered_integers(cosine) * len(items) - numbers).topk(depth, dim=1).indices
-        return best, cosine.gather(1, best)
+        order = _ordered_integers(cosine) * len(items) - numbers
+        best = order.topk(depth, dim=1).indices
+        wrong = query_image[part, None] != item_image
+        first_right = order.masked_fill(wrong, torch.iinfo(torch.int64).min).amax(dim=1, keepdim=True)
+        return best, cosine.gather(1, best), (order > first_right).sum(dim=1)
 
     found = list(run_blocks(search, blocks(len(queries), QUERIES_PER_BLOCK), queries.device))
     return Pools(*(torch.cat(column) for column in zip(*found, strict=True)))
@@ -194,16 +229,27 @@ def _embeddings(gallery: Gallery, direction: str) -> tuple[Tensor, Tensor]:
     return (text, image) if direction == "t2i" else (image, text)
 
 
-def _direction_results(
-    dataset: CaptionDataset, direction: str, pools: Pools, logits: Tensor, fusion_lambda: float | None
-) -> DirectionResults:
+def _image_numbers(dataset: CaptionDataset, direction: str) -> tuple[np.ndarray, np.ndarray]:
+    """Image number of each query and of each candidate."""
     caption_image, images = dataset.caption_image, np.arange(len(dataset))
-    query_image, item_image = (caption_image, images) if direction == "t2i" else (images, caption_image)
+    return (caption_image, images) if direction == "t2i" else (images, caption_image)
+
+
+def _direction_results(
+    query_image: np.ndarray,
+    item_image: np.ndarray,
+    pools: Pools,
+    logits: Tensor,
+    fusion_lambda: float | None,
+    folds: int,
+) -> DirectionResults:
     return DirectionResults(
         query_image=query_image,
         item_image=item_image,
         candidates=pools.ids.cpu().numpy(),
         similarities=pools.similarities.cpu().numpy(),
         logits=logits.numpy(),
+        first_right=pools.first_right.cpu().numpy(),
         fusion_lambda=fusion_lambda,
+        folds=folds,
     )

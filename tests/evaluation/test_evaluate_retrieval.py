@@ -76,16 +76,24 @@ def test_a_runs_own_data_is_evaluated_and_every_file_written(run, tmp_path, caps
     for direction in ("t2i", "i2t"):
         part = summary[direction]
         assert set(part) == DIRECTION_KEYS
-        assert set(part["embedding"]) == set(part["reranked"]) == {"R@1", "R@5", "R@10"}
+        assert set(part["embedding"]) == set(part["reranked"]) == {"R@1", "R@5", "R@10", "median_rank"}
         assert 0 <= part["embedding"]["R@1"] <= part["pool_ceiling"] <= 100
         assert len(part["gain_R@1_ci95"]) == 2
     printed = capsys.readouterr().out
-    assert "embedding alone" in printed and "text to image" in printed and str(tmp_path / "report.html") in printed
+    assert summary["model"]["trained_on"] == [annotations.name] and summary["model"]["setting"] == "fine-tuned"
+    assert (
+        "EDJE by the match logit alone" in printed
+        and "embedding alone" in printed
+        and "text to image" in printed
+        and str(tmp_path / "report.html") in printed
+    )
     assert {path.name for path in tmp_path.iterdir()} == {
         "results.json",
         "results.md",
         "report.html",
         "rankings.npz",
+        *(f"qrels.{direction}.trec" for direction in ("t2i", "i2t")),
+        *(f"run.{direction}.{column}.trec" for direction in ("t2i", "i2t") for column in ("embedding", "reranked")),
     }
     assert "Training" in (tmp_path / "report.html").read_text()
 
@@ -93,6 +101,12 @@ def test_a_runs_own_data_is_evaluated_and_every_file_written(run, tmp_path, caps
 def test_without_out_the_results_lie_in_the_run(run):
     evaluate("--checkpoint", run / "checkpoints" / "step-00000007", "--split", "val", "--k", "3")
     assert read(run / "evaluation-dataset_scenes-val")["k"] == 3
+
+
+def test_folds_are_told_and_have_a_folder_of_their_own(run):
+    evaluate("--checkpoint", run, "--split", "train", "--folds", "4")
+    out = run / "evaluation-dataset_scenes-train-4-folds"
+    assert read(out)["folds"] == 4 and read_rankings(out / "rankings.npz")[0].summary() | read(out) == read(out)
 
 
 def test_subsets_of_the_file_are_reported_one_by_one(run, tmp_path, scenes, annotations):
@@ -163,6 +177,12 @@ def test_a_benchmarks_name_is_refused_for_a_split_of_another_size(run, scenes, a
     (tmp_path / "images").symlink_to(scenes / "images")
     with pytest.raises(UserError, match=r"12 images and 60 captions, flickr30k's has 1,000 and 5,000"):
         evaluate("--checkpoint", run, "--dataset", "flickr30k", "--data-root", tmp_path)
+
+
+def test_figures_by_cocos_extended_ground_truth_are_refused_for_other_data(run, tmp_path):
+    ended = run_script(SCRIPT, "--checkpoint", run, "--eccv", "--out", tmp_path / "out")
+    assert ended.returncode == 2 and "dataset_scenes.json: names no COCO image and caption numbers" in ended.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_image_is_named_before_anything_is_computed(run, annotations, tmp_path):

@@ -10,8 +10,8 @@ from evaluation.metrics import (
     first_right_rank,
     gain_interval,
     helped_and_hurt,
+    median_rank,
     recall_at_k,
-    recalls,
     right_answers,
 )
 
@@ -68,7 +68,7 @@ def test_any_of_an_images_five_captions_is_right():
     caption_image = np.repeat([0, 1], 5)
     hits = right_answers(np.array([[7, 4], [2, 3]]), np.array([0, 1]), caption_image)
     np.testing.assert_array_equal(hits, [[False, True], [False, False]])
-    assert recalls(hits) == {"R@1": 0.0, "R@5": 50.0, "R@10": 50.0}
+    assert [recall_at_k(hits, k) for k in (1, 5, 10)] == [0.0, 50.0, 50.0]
 
 
 def test_helped_and_hurt_count_first_places_alone():
@@ -79,6 +79,11 @@ def test_helped_and_hurt_count_first_places_alone():
 
 def test_first_right_rank_is_the_depth_where_nothing_is_right():
     np.testing.assert_array_equal(first_right_rank(np.array([[False, True, True], [False] * 3])), [1, 3])
+
+
+def test_median_rank_counts_from_one_and_is_rounded_down():
+    assert median_rank(np.array([0, 0, 7])) == 1.0
+    assert median_rank(np.array([0, 3, 4, 90])) == 4.0  # between 4th and 5th place
 
 
 def random_hits(seed: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -27,10 +29,12 @@ def random_direction(seed: int, query_image: np.ndarray, item_image: np.ndarray)
     rng = np.random.default_rng(seed)
     similarities = rng.normal(size=(len(query_image), len(item_image))) + 1.5 * (query_image[:, None] == item_image)
     similarities = similarities.astype(np.float32)
-    candidates = np.argsort(-similarities, axis=1)[:, :10]
+    ranking = np.argsort(-similarities, axis=1)
+    candidates = ranking[:, :10]
+    first_right = (item_image[ranking] == query_image[:, None]).argmax(axis=1)
     logits = rng.normal(size=(len(query_image), 8)).astype(np.float32)
     similarities = np.take_along_axis(similarities, candidates, axis=1)
-    return DirectionResults(query_image, item_image, candidates, similarities, logits, fusion_lambda=2.0)
+    return DirectionResults(query_image, item_image, candidates, similarities, logits, first_right, fusion_lambda=2.0)
 
 
 @pytest.fixture
@@ -89,11 +93,36 @@ def test_the_page_is_well_formed_and_needs_no_network(out):
     assert "<script" not in page and not re.search(r"url\(|@import|https?://", page)
 
 
+def test_page_and_table_name_data_split_counts_pool_folds_and_scores(results, dataset, tmp_path):
+    folded = replace(results, t2i=replace(results.t2i, folds=4), i2t=replace(results.i2t, folds=4))
+    summary = results_json(folded, "runs/x", "data/scenes.json", "train")
+    write_results(tmp_path, folded, dataset, summary)
+    write_report(tmp_path, summary, folded, dataset)
+    expected = (
+        "data/scenes.json, train split: 48 images, 240 captions; the embedding's first k = 8 candidates of each query "
+        "reranked; 4 folds of 12 images, each its own gallery, figures averaged; EDJE by the match logit alone, or "
+        "fused: match logit + λ × cosine, λ = 2 from validation."
+    )
+    assert expected in (tmp_path / "results.md").read_text()
+    assert expected in unescape((tmp_path / "report.html").read_text())
+
+
+def test_the_page_shows_figures_by_the_extended_ground_truth_where_there_are(results, dataset, tmp_path):
+    summary = results_json(results, "runs/x", "coco", "test")
+    assert "mAP@R" not in write_report(tmp_path, summary, results, dataset).read_text()
+    for number, part in enumerate(summary[way][column] for way in ("t2i", "i2t") for column in results.t2i.columns):
+        part["eccv"] = {"mAP@R": 31.0 + number, "R-Precision": 41.0, "R@1": 51.0, "COCO R@1": 61.0}
+    page = write_report(tmp_path, summary, results, dataset).read_text()
+    assert "<th>mAP@R</th>" in page and all(f"<td>{31.0 + number}</td>" in page for number in range(6))
+
+
 def test_the_page_shows_numbers_of_results_json_and_escapes_names(out):
     page, summary = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
     for direction in ("t2i", "i2t"):
         for column in ("embedding", "reranked", "fused"):
             assert f">{summary[direction][column]['R@5']:.1f}</td>" in page
+            assert f"<td>{summary[direction][column]['median_rank']:g}</td>" in page
+    assert all(f">{value:.1f}</td>" in page for value in summary["rsum"].values())
     assert "runs/&lt;b&gt;/checkpoint" in page
     assert "Validation, text to image" in page
 

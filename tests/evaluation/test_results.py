@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluation.metrics import recall_at_k
+from evaluation.metrics import recall_at_k, right_answers
 from evaluation.results import LAMBDA_GRID, DirectionResults, Results, choose_lambda
 
 K, DEPTH, NUM_IMAGES = 6, 10, 12
@@ -17,7 +17,8 @@ def direction(seed: int, query_image: np.ndarray, item_image: np.ndarray, ties: 
     """Random scores; with `ties`, logits take three values only."""
     rng = np.random.default_rng(seed)
     similarities = rng.normal(size=(len(query_image), len(item_image))).astype(np.float32)
-    candidates = np.argsort(-similarities, axis=1)[:, :DEPTH]
+    ranking = np.argsort(-similarities, axis=1)
+    candidates = ranking[:, :DEPTH]
     logits = rng.normal(size=(len(query_image), K)).astype(np.float32)
     return DirectionResults(
         query_image=query_image,
@@ -25,6 +26,7 @@ def direction(seed: int, query_image: np.ndarray, item_image: np.ndarray, ties: 
         candidates=candidates,
         similarities=np.take_along_axis(similarities, candidates, axis=1),
         logits=np.round(logits) if ties else logits,
+        first_right=right_answers(ranking, query_image, item_image).argmax(axis=1),
     )
 
 
@@ -50,6 +52,22 @@ def test_reranking_a_pool_of_k_leaves_recall_at_k_and_below_the_pool_everything(
             np.testing.assert_array_equal(np.sort(reranked, axis=1), np.sort(embedding, axis=1))
             for k in range(pool, DEPTH + 1):
                 assert recall_at_k(part.hits(column, pool), k) == recall_at_k(part.hits("embedding"), k)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("column", ["embedding", "reranked", "fused"])
+def test_the_rank_of_the_first_right_answer_is_that_in_the_whole_gallery(seed, column):
+    """The whole ranking, written out: the pool in the column's order, then everything else in the embedding's."""
+    images, caption_image = np.arange(NUM_IMAGES), np.repeat(np.arange(NUM_IMAGES), 5)
+    for query_image, item_image in ((caption_image, images), (images, caption_image)):
+        part = replace(direction(seed, query_image, item_image), fusion_lambda=3.0)
+        ranks, shown = part.first_right_ranks(column), part.rankings(column)
+        for query, image in enumerate(query_image):
+            if part.first_right[query] < DEPTH:
+                expected = next(r for r, item in enumerate(shown[query]) if item_image[item] == image)
+            else:
+                expected = part.first_right[query]
+            assert ranks[query] == expected
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -81,6 +99,14 @@ def test_a_subset_has_its_own_queries_and_the_whole_gallery():
     assert len(part.t2i.item_image) == NUM_IMAGES
     np.testing.assert_array_equal(part.i2t.logits, results.i2t.logits[part.i2t.query_image])
     assert list(results.summary()["subsets"]) == ["red"]
+
+
+def test_rsum_is_the_sum_of_the_six_recalls_of_a_column():
+    summary = random_results(2).with_lambda(1.0).summary()
+    for part in (summary, summary["subsets"]["red"]):
+        for column in ("embedding", "reranked", "fused"):
+            six = [part[direction][column][f"R@{k}"] for direction in ("t2i", "i2t") for k in (1, 5, 10)]
+            assert part["rsum"][column] == pytest.approx(sum(six))
 
 
 def test_pool_ceiling_is_what_a_perfect_reranker_reaches():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from eccv_caption._metrics import compute_coco1k_r_at_k
 
 from data.caption_datasets import CaptionDataset, load_annotations
 from evaluation.gallery import build_gallery
@@ -70,16 +71,19 @@ def test_first_stage_is_brute_force_with_ties_in_order_of_item_number(seed):
     generator = torch.Generator().manual_seed(seed)
     items = torch.randint(-1, 2, (40, 3), generator=generator).float()  # many equal, many opposite
     queries = torch.randn(300, 3, generator=generator)
-    pools = first_stage(queries, items, depth=7)
+    query_image, item_image = np.arange(300) % 9, np.arange(40) % 8  # nothing is right for image 8
+    pools = first_stage(queries, items, query_image, item_image, depth=7)
     cosines = (queries.double() @ items.double().T).float()
     for query, row in enumerate(cosines.tolist()):
         order = sorted(range(40), key=lambda item, row=row: (-row[item], item))
         assert pools.ids[query].tolist() == order[:7]
+        right = [rank for rank, item in enumerate(order) if item_image[item] == query_image[query]]
+        assert pools.first_right[query] == (right[0] if right else 40)
     torch.testing.assert_close(pools.similarities, cosines.gather(1, pools.ids), rtol=0, atol=0)
 
 
 def test_first_stage_of_a_small_gallery_returns_all_of_it():
-    pools = first_stage(torch.eye(3), torch.eye(3), depth=10)
+    pools = first_stage(torch.eye(3), torch.eye(3), np.arange(3), np.arange(3), depth=10)
     assert pools.ids.tolist() == [[0, 1, 2], [1, 0, 2], [2, 0, 1]]
 
 
@@ -103,7 +107,9 @@ def test_logits_do_not_depend_on_the_size_of_the_micro_batch(model, backbone, da
     with torch.inference_mode():
         gallery = build_gallery(model, backbone, dataset, ALONE)
         embeddings = (gallery.text_embeddings, gallery.image_embeddings)
-        pools = first_stage(*(embeddings if direction == "t2i" else embeddings[::-1]), depth=10)
+        images = (dataset.caption_image, np.arange(len(dataset)))
+        way = 1 if direction == "t2i" else -1
+        pools = first_stage(*embeddings[::way], *images[::way], depth=10)
         by_size = [rerank_pools(model, gallery, pools, direction, 5, ALONE, pairs_per_batch=n) for n in (1024, 100, 7)]
     for logits in by_size[1:]:
         torch.testing.assert_close(logits, by_size[0], rtol=0, atol=1e-5)
@@ -180,6 +186,72 @@ def test_a_backbone_that_the_model_was_not_trained_with_is_refused(model, backbo
 def test_without_backbone_both_stores_are_needed(model, dataset, stores):
     with pytest.raises(UserError, match="caption store"):
         float32_results(model, None, dataset, store=TokenStore.open(stores[0]))
+
+
+def images_of(dataset: CaptionDataset, first: int, stop: int) -> CaptionDataset:
+    """These images and their captions as a data set of their own."""
+    own = (dataset.caption_image >= first) & (dataset.caption_image < stop)
+    captions = [caption for caption, chosen in zip(dataset.captions, own, strict=True) if chosen]
+    images = slice(first, stop)
+    return CaptionDataset(
+        dataset.root, dataset.image_ids[images], captions, dataset.caption_image[own] - first, dataset.subsets[images]
+    )
+
+
+def without_caption(dataset: CaptionDataset, number: int) -> CaptionDataset:
+    captions = dataset.captions[:number] + dataset.captions[number + 1 :]
+    return replace(dataset, captions=captions, caption_image=np.delete(dataset.caption_image, number))
+
+
+def test_figures_of_folds_are_the_means_of_evaluations_of_each_fold_alone(model, backbone, dataset):
+    model = copy_with_lambda(model, 2.0)
+    dataset = without_caption(dataset, 7)  # folds with different numbers of captions
+    together = float32_results(model, backbone, dataset, k=5, folds=4)
+    alone = [float32_results(model, backbone, images_of(dataset, i, i + 12), k=5) for i in range(0, 48, 12)]
+    for direction in ("t2i", "i2t"):
+        ours, parts = getattr(together, direction), [getattr(results, direction) for results in alone]
+        np.testing.assert_allclose(ours.logits, np.concatenate([part.logits for part in parts]), atol=1e-5)
+        summary, summaries = ours.summary(), [part.summary() for part in parts]
+        for column in ("embedding", "reranked", "fused"):
+            for name, value in summary[column].items():
+                assert value == pytest.approx(np.mean([s[column][name] for s in summaries]))
+        assert summary["pool_ceiling"] == pytest.approx(np.mean([s["pool_ceiling"] for s in summaries]))
+        assert summary["helped"] == sum(s["helped"] for s in summaries)
+    assert together.summary()["folds"] == 4 and together.summary()["images"] == 48
+
+
+def copy_with_lambda(model: EDJE, fusion_lambda: float) -> EDJE:
+    other = EDJE(replace(model.config, fusion_lambda=fusion_lambda), model.tokenizer)
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def test_folds_of_the_embedding_give_the_recall_of_eccv_captions_5_fold_protocol(model, backbone, dataset):
+    """Its own code: the ranking of the whole split, filtered to each fold."""
+    gallery = build_gallery(model, backbone, dataset, ALONE)
+    whole = gallery.text_embeddings.double() @ gallery.image_embeddings.double().T
+    rankings = dict(enumerate((-whole.float()).argsort(dim=1, stable=True).tolist()))
+    folded = float32_results(model, backbone, dataset, k=5, folds=4).t2i.summary()["embedding"]
+    for k in (1, 5, 10):
+        of_folds = []
+        for first in range(0, 48, 12):
+            truth = {c: [i] for c, i in enumerate(dataset.caption_image.tolist()) if first <= i < first + 12}
+            of_folds.append(compute_coco1k_r_at_k(rankings, truth, set(range(first, first + 12)), K=k))
+        assert folded[f"R@{k}"] == pytest.approx(100 * np.mean(of_folds))
+
+
+@pytest.mark.parametrize(
+    "folds, k, problem",
+    [
+        (5, 5, "5 folds of 48 images are not equal"),
+        (0, 5, "not equal"),
+        (6, 5, "6 folds of 48 images have 8 each; R@10 needs at least 10"),
+        (4, 13, "k is 13, but each of 4 folds has 12 images"),
+    ],
+)
+def test_folds_that_do_not_divide_the_gallery_or_are_too_small_are_refused(model, backbone, dataset, folds, k, problem):
+    with pytest.raises(UserError, match=problem):
+        float32_results(model, backbone, dataset, k=k, folds=folds)
 
 
 @pytest.mark.parametrize("k", [0, 49])

@@ -22,17 +22,19 @@ RED_BLUE = scene(0, ("red", "star"), ("blue", "moon"))
 SWAPPED = scene(0, ("blue", "moon"), ("red", "star"))
 REBOUND = scene(0, ("red", "moon"), ("blue", "star"))
 STRANGER = scene(1, ("red", "star"), ("blue", "moon"))
+CAPTION_IMAGE = np.array([0, 0, 1, 2, 3])
 SCENES = {"a.png": RED_BLUE, "b.png": SWAPPED, "c.png": REBOUND, "d.png": STRANGER}
 
 
 def rankings(logits: list[float]) -> DirectionResults:
-    """One caption of a.png, the embedding's order a b c d; of a second one the own image is not in the pool."""
+    """One caption of a.png, the embedding's order a b c d; of the other four the own image is not in the pool."""
     return DirectionResults(
-        query_image=np.array([0, 0]),
+        query_image=CAPTION_IMAGE,
         item_image=np.arange(4),
-        candidates=np.array([[0, 1, 2, 3], [1, 2, 3, 3]]),
-        similarities=np.array([[0.9, 0.9, 0.5, 0.4], [1, 1, 1, 1]], np.float32),
-        logits=np.array([logits, [1, 1, 1, 1]], np.float32),
+        candidates=np.array([[0, 1, 2, 3], [1, 2, 3, 3], [0, 2, 3, 3], [0, 1, 3, 3], [0, 1, 2, 2]]),
+        similarities=np.array([[0.9, 0.9, 0.5, 0.4]] + 4 * [[1, 1, 1, 1]], np.float32),
+        logits=np.array([logits] + 4 * [[1, 1, 1, 1]], np.float32),
+        first_right=np.array([0, 4, 4, 4, 4]),
     )
 
 
@@ -61,9 +63,10 @@ def test_candidates_below_the_reranked_pool_do_not_count():
 
 def test_the_command_prints_a_table_and_refuses_other_files_in_one_line(tmp_path):
     found = rankings([2.0, 1.0, 3.0, 0.0])
-    dataset = CaptionDataset(tmp_path, sorted(SCENES), ["a star"] * 4, np.arange(4), [None] * 4)
+    dataset = CaptionDataset(tmp_path, sorted(SCENES), ["a star"] * 5, CAPTION_IMAGE, [None] * 4)
+    reverse = replace(found.of_queries(np.arange(4)), query_image=np.arange(4), item_image=CAPTION_IMAGE)
     seconds = {"backbone": 0.0, "compress": 0.0, "rerank": 1.0}
-    results = Results(t2i=found, i2t=found, image_subsets=dataset.subsets, seconds=seconds, precision="float32")
+    results = Results(t2i=found, i2t=reverse, image_subsets=dataset.subsets, seconds=seconds, precision="float32")
     write_results(tmp_path, results, dataset, results_json(results, "runs/x", "scenes.json", "test"))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "rankings.npz").read_bytes()[:200])
     images = [{"filepath": "", "filename": name, "scene": s} for name, s in SCENES.items()]

@@ -1,0 +1,121 @@
+"""COCO's extended ground truth, ECCV Caption (arXiv 2204.03359): mAP@R and R-Precision of the 5k test split.
+
+COCO calls one image right for a caption, though many others fit it too. ECCV Caption names, for 1,332 captions and
+1,261 images of the test split, everything that people found right. The figures are those of its own package, `pip
+install eccv-caption`, on our rankings. It knows images and captions by COCO's numbers, so the annotation file must have
+them: `cocoid` and each sentence's `sentid` in Karpathy's dataset_coco.json. BLIP's and ALBEF's lists have none.
+
+Karpathy's test split has 25,010 captions, the package's 25,000, five an image: the other ten are left out of the
+rankings, as ECCV Caption's own rankings do not have them, and as queries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.caption_datasets import CaptionDataset, read_field
+from models.errors import UserError
+
+from .metrics import recall_at_k, right_answers
+from .results import Results
+
+NUM_IMAGES, NUM_CAPTIONS = 5000, (25000, 25010)
+MOST_RIGHT = 48
+"""Right answers of a query by the extended ground truth, at most: as deep the package looks."""
+DEPTH = MOST_RIGHT + NUM_CAPTIONS[1] - NUM_CAPTIONS[0]
+"""Candidates a query that are needed, ten of which may be left out."""
+
+
+@dataclass(frozen=True)
+class CocoIds:
+    """COCO's numbers of a data set's images and captions."""
+
+    images: np.ndarray
+    """[N] int64 `cocoid`."""
+    captions: np.ndarray
+    """[C] int64 `sentid`."""
+
+
+def may_be_coco_test(dataset: CaptionDataset) -> bool:
+    """Whether the counts are those of the 5k test split."""
+    return len(dataset) == NUM_IMAGES and NUM_CAPTIONS[0] <= len(dataset.captions) <= NUM_CAPTIONS[1]
+
+
+def read_coco_ids(annotations: str | Path, dataset: CaptionDataset) -> CocoIds:
+    """COCO's numbers, from the file that the data set was read from.
+
+    Raises UserError if the package is not installed, the file has no such numbers, or they are not those of the 5k
+    test split with the same caption at the same image."""
+    known = _package().coco_gts["t2i"]
+    images = read_field(annotations, dataset, "cocoid")
+    sentences = [sentence for of_image in read_field(annotations, dataset, "sentences") for sentence in of_image or ()]
+    captions = [sentence.get("sentid") if isinstance(sentence, dict) else None for sentence in sentences]
+    if len(captions) != len(dataset.captions) or not all(isinstance(number, int) for number in (*images, *captions)):
+        raise UserError(
+            f"{annotations}: names no COCO image and caption numbers (`cocoid` of an image, `sentid` of a sentence), "
+            "by which ECCV Caption finds its ground truth; pass Karpathy's dataset_coco.json"
+        )
+    right = {caption: images[image] for caption, image in zip(captions, dataset.caption_image, strict=True)}
+    if len(set(images)) != NUM_IMAGES or any(right.get(caption) != image for caption, (image,) in known.items()):
+        raise UserError(
+            f"{annotations}: these {len(images):,} images and their captions are not COCO's 5k test split (by `cocoid` "
+            "and `sentid`), the only one that ECCV Caption is about; evaluate --split test of dataset_coco.json"
+        )
+    return CocoIds(np.array(images), np.array(captions))
+
+
+def add_extended_figures(summary: dict[str, Any], results: Results, ids: CocoIds) -> None:
+    """Put {"mAP@R", "R-Precision", "R@1", "COCO R@1"} into results.json's t2i and i2t of every column, as `eccv`.
+
+    In percent; the first three by the extended ground truth, the last, the package's own R@1 by COCO's ground truth, a
+    check of the numbers: it must be ours of the same queries. results: with DEPTH candidates a query, one fold."""
+    package = _package()
+    known = {"images": np.ones(len(ids.images), bool), "captions": np.isin(ids.captions, list(package.coco_gts["t2i"]))}
+    for column in results.t2i.columns:
+        rankings, recall = {}, {}
+        for direction, (queries, items) in {"t2i": ("captions", "images"), "i2t": ("images", "captions")}.items():
+            part = getattr(results, direction)
+            ranked = _first_known(part.rankings(column)[known[queries]], known[items])
+            recall[direction] = recall_at_k(right_answers(ranked, part.query_image[known[queries]], part.item_image), 1)
+            numbers = getattr(ids, queries)[known[queries]].tolist()
+            rankings[direction] = dict(zip(numbers, getattr(ids, items)[ranked].tolist(), strict=True))
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
+            extended = package.eccv_metrics(rankings, "all")
+            original = package.coco_5k_recalls(rankings, "all", K=1)
+        for direction in rankings:
+            assert abs(100.0 * original[direction] - recall[direction]) < 1e-9, "COCO's numbers are of other queries"
+            summary[direction][column]["eccv"] = {
+                "mAP@R": 100.0 * float(extended["eccv_map_at_r"][direction]),
+                "R-Precision": 100.0 * float(extended["eccv_rprecision"][direction]),
+                "R@1": 100.0 * float(extended["eccv_r1"][direction]),
+                "COCO R@1": 100.0 * float(original[direction]),
+            }
+
+
+def _first_known(rankings: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """[Q, D] candidates, best first -> [Q, MOST_RIGHT]: the first of those that are known, in the same order."""
+    order = np.argsort(~known[rankings], axis=1, kind="stable")[:, :MOST_RIGHT]
+    return np.take_along_axis(rankings, order, axis=1)
+
+
+@cache
+def _package() -> Any:
+    """The package's ground truths. Raises UserError naming the pip command if it is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it recommends ujson
+            from eccv_caption import Metrics
+    except ImportError:
+        raise UserError(
+            "mAP@R and R-Precision on COCO's extended ground truth need the package eccv-caption; "
+            "pip install eccv-caption"
+        ) from None
+    return Metrics()

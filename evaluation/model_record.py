@@ -1,0 +1,91 @@
+"""What results.json says about the model, so that a table can tell which row its figures belong to.
+
+{"backbone": "ViT-L-16-SigLIP2-384", "pretrained": "webli", "adapter": "compression", "vision_tokens": 64,
+ "bytes_per_image": 49152, "joint_encoder": "microsoft/MiniLM-L12-H384-uncased", "joint_layers": 12,
+ "joint_width": 384, "joint_parameters": 33360000, "trained_on": ["pretrain_14m.json"], "setting": "zero-shot"}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from models.checkpoint import CONFIG_FILE
+from models.edje import EDJE
+
+BENCHMARKS = ("flickr30k", "coco")
+SETTINGS = ("zero-shot", "fine-tuned")
+"""Trained on no file of the evaluated data set, or on one."""
+
+
+def model_record(model: EDJE, run: Path, dataset: str, setting: str | None = None) -> dict[str, Any]:
+    """The entry `model` of results.json. run: the directory that the checkpoint belongs to; dataset: results.json's.
+
+    bytes_per_image are those of float16 tokens. joint_encoder, the weights that training started from, and trained_on,
+    the annotation files, newest first, are known from config.yaml of the run and of those that it started from: else
+    "" and what is known. Where a config is lost, none of the known files is of the data set and `setting` is not
+    given, it is `unknown`."""
+    config, runs = model.config, _run_configs(run)
+    files = [Path(file).name for run in runs for file in _annotation_files(run)]
+    if setting is None and benchmark_name(dataset) in map(benchmark_name, files):
+        setting = "fine-tuned"
+    elif setting is None and all(map(_annotation_files, runs)):
+        setting = "zero-shot"
+    width = config.encoder.hidden_size
+    return {
+        "backbone": config.backbone.name,
+        "pretrained": config.backbone.pretrained,
+        "adapter": config.adapter.kind,
+        "vision_tokens": config.num_vision_tokens,
+        "bytes_per_image": config.num_vision_tokens * width * 2,
+        "joint_encoder": next((name for run in runs if (name := _section(run, "model").get("encoder_weights"))), ""),
+        "joint_layers": config.encoder.num_layers,
+        "joint_width": width,
+        "joint_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
+        "trained_on": files,
+        "setting": setting or "unknown",
+    }
+
+
+def benchmark_name(dataset: str) -> str:
+    """`flickr30k` or `coco` where a data set's name or file says so, else the file's name."""
+    name = Path(dataset).name
+    return next((benchmark for benchmark in BENCHMARKS if benchmark in name), name)
+
+
+def run_directory(given: str | Path, checkpoint: Path) -> Path:
+    """The run that a checkpoint belongs to: above `checkpoints/`, or what was given itself."""
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else Path(given)
+
+
+def read_run_config(run: Path) -> dict[str, Any]:
+    """config.yaml of a training run; empty where there is none or it is a checkpoint's, which names no data."""
+    try:
+        config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) and "data" in config else {}
+
+
+def _run_configs(run: Path) -> list[dict[str, Any]]:
+    """The run's config and those of the runs that it started from, newest first; the last is {} where it is lost."""
+    configs, seen = [], set()
+    while run.resolve() not in seen:
+        seen.add(run.resolve())
+        configs.append(read_run_config(run))
+        start = _section(configs[-1], "model").get("init_from")
+        if not start:
+            break
+        run = run_directory(start, Path(start))
+    return configs
+
+
+def _annotation_files(config: dict[str, Any]) -> list[str]:
+    named = _section(config, "data").get("annotations") or []
+    return [named] if isinstance(named, str) else named
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return config.get(name) or {}
