@@ -79,9 +79,9 @@ def _direction_rows(parts: Sequence[dict[str, Any]], prefix: str) -> list[list[s
     for direction, title in DIRECTION_TITLES.items():
         for column in columns_of(*parts):
             figures = [part[direction][column] for part in parts]
-            cells = [_mean_text([figure.get(f"R@{k}") for figure in figures]) for k in RECALL_DEPTHS]
-            cells += [_mean_text([figure.get("median_rank") for figure in figures])]
-            cells += [_mean_text([part.get("rsum", {}).get(column) for part in parts])]
+            cells = [mean_text([figure.get(f"R@{k}") for figure in figures]) for k in RECALL_DEPTHS]
+            cells += [mean_text([figure.get("median_rank") for figure in figures])]
+            cells += [mean_text([part.get("rsum", {}).get(column) for part in parts])]
             gain = "" if column == "embedding" else gain_text([part[direction] for part in parts], column)
             rows.append([prefix + title, COLUMN_TITLES[column], *cells, gain])
     return rows
@@ -96,7 +96,7 @@ def extended_rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = [["ECCV Caption", "", *names]]
     for direction, column in parts:
         figures = [summary[direction][column]["eccv"] for summary in summaries]
-        cells = [_mean_text([figure[name] for figure in figures]) for name in names]
+        cells = [mean_text([figure[name] for figure in figures]) for name in names]
         rows.append([DIRECTION_TITLES[direction], COLUMN_TITLES[column], *cells])
     return rows
 
@@ -106,7 +106,7 @@ def columns_of(*parts: dict[str, Any]) -> list[str]:
     return [column for column in COLUMN_TITLES if all(column in part["t2i"] for part in parts)]
 
 
-def _mean_text(values: Sequence[float | None]) -> str:
+def mean_text(values: Sequence[float | None]) -> str:
     """Mean, and of several values the sample standard deviation too; a dash where one is missing."""
     if None in values:
         return "–"

@@ -22,10 +22,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.charts import Point, scatter_charts
+from evaluation.output import aligned, mean_text
 from models.checkpoint import replace_text
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
-from scripts.results_table import cell
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES_PER_VALUE = 2
@@ -79,15 +79,15 @@ def table(entries: list[dict[str, Any]]) -> str:
     names = {"reranked": "logit", "fused": "fused"}
     header = ["config", "m", "bytes an image", "ms a query", "seeds"]
     header += [f"{d.upper()} {names[c]}" for d in DIRECTIONS for c in columns] + [f"against {first['name']}, T2I logit"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows = [header]
     for entry in entries:
-        cells = [entry["name"], entry["vision_tokens"], f"{entry['bytes_per_image']:,}"]
-        cells += [f"{entry['milliseconds_per_query']:.1f}", len(entry["seeds"])]
-        cells += [cell(entry["R@1"][d][c]) for d in DIRECTIONS for c in columns]
+        cells = [entry["name"], str(entry["vision_tokens"]), f"{entry['bytes_per_image']:,}"]
+        cells += [f"{entry['milliseconds_per_query']:.1f}", str(len(entry["seeds"]))]
+        cells += [mean_text(entry["R@1"][d][c]) for d in DIRECTIONS for c in columns]
         values, base = entry["R@1"]["t2i"]["reranked"], first["R@1"]["t2i"]["reranked"]
         cells.append("" if entry is first else difference(values, base))
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return aligned(rows)
 
 
 def plot(entries: list[dict[str, Any]]) -> str:

@@ -61,7 +61,7 @@ def test_the_card_has_the_runs_figures_of_this_checkpoint_and_no_other(tmp_path,
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     export_checkpoint(run, tmp_path / "copy", "clips/tiny")
     card = (tmp_path / "copy" / CARD_FILE).read_text()
-    assert "coco_karpathy_test.json, test split: 500 images, 2500 captions, pool of k = 10" in card
+    assert "coco_karpathy_test.json, test split: 500 images, 2,500 captions; the embedding's first k = 10" in card
     assert "| 61.2 |" in card and "| 62.2 |" in card and "| 63.2 |" not in card and "not evaluated" not in card
     assert str(tmp_path) not in card and "/home/someone" not in card
     front = yaml.safe_load(card.split("---\n")[1])
