@@ -23,10 +23,10 @@ SETTINGS = ("zero-shot", "fine-tuned")
 def model_record(model: EDJE, run: Path, dataset: str, setting: str | None = None) -> dict[str, Any]:
     """The entry `model` of results.json. run: the directory that the checkpoint belongs to; dataset: results.json's.
 
-    bytes_per_image are those of float16 tokens. joint_encoder, the weights that training started from, and trained_on,
-    the annotation files, newest first, are known from config.yaml of the run and of those that it started from: else
-    "" and what is known. Where a config is lost, none of the known files is of the data set and `setting` is not
-    given, it is `unknown`."""
+    pretrained is a tag, or the last part of a path, so that the file can be shared; bytes_per_image are those of
+    float16 tokens. joint_encoder, the weights that training started from, and trained_on, the annotation files, newest
+    first, are known from config.yaml of the run and of those that it started from: else "" and what is known. Where a
+    config is lost, none of the known files is of the data set and `setting` is not given, it is `unknown`."""
     config, runs = model.config, _run_configs(run)
     files = [Path(file).name for run in runs for file in _annotation_files(run)]
     if setting is None and benchmark_name(dataset) in map(benchmark_name, files):
@@ -36,7 +36,7 @@ def model_record(model: EDJE, run: Path, dataset: str, setting: str | None = Non
     width = config.encoder.hidden_size
     return {
         "backbone": config.backbone.name,
-        "pretrained": config.backbone.pretrained,
+        "pretrained": Path(config.backbone.pretrained).name,
         "adapter": config.adapter.kind,
         "vision_tokens": config.num_vision_tokens,
         "bytes_per_image": config.num_vision_tokens * width * 2,

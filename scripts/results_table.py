@@ -108,7 +108,7 @@ def our_cell(result: dict[str, Any], column: dict[str, Any]) -> str:
 def model_title(result: dict[str, Any]) -> str:
     """`ViT-L-16-SigLIP2-384 webli, 64 tokens, 12 layers of 384, k = 10`."""
     model = result["model"]
-    backbone = " ".join(filter(None, (model["backbone"], Path(model["pretrained"]).name)))
+    backbone = " ".join(filter(None, (model["backbone"], model["pretrained"])))
     kind = "local, " if model["adapter"] == "local" else ""
     title = (
         f"{backbone}, {kind}{model['vision_tokens']} tokens, {model['joint_layers']} layers of "
