@@ -52,6 +52,15 @@ class CaptionDataset:
         """The file of image number `image`."""
         return self.root / self.image_ids[image]
 
+    def check_images(self, file: Path) -> None:
+        """Raise UserError, naming the first, if image files are missing; `file` lists them."""
+        missing = [i for i in range(len(self)) if not self.path(i).is_file()]
+        if missing:
+            raise UserError(
+                f"{self.path(missing[0])}: no such image; {len(missing)} of the {len(self)} images of {file} are "
+                f"missing under {self.root}; pass the folder that the file's paths start from as data root"
+            )
+
     def caption_range(self, image: int) -> tuple[int, int]:
         """Captions start .. stop - 1 are those of image number `image`."""
         start, stop = np.searchsorted(self.caption_image, (image, image + 1))
@@ -78,7 +87,7 @@ def load_annotations(
     if not len(dataset):
         raise UserError(f"{file}: it lists no images; pass an annotation file of a data set")
     if check_images:
-        _check_images(dataset, file)
+        dataset.check_images(file)
     return dataset
 
 
@@ -172,12 +181,3 @@ def _columns(rows: Iterable[Row], root: Path, file: Path) -> CaptionDataset:
         subsets.append(subset)
     caption_image = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     return CaptionDataset(root, list(image_ids), captions, caption_image, subsets)
-
-
-def _check_images(dataset: CaptionDataset, file: Path) -> None:
-    missing = [i for i in range(len(dataset)) if not dataset.path(i).is_file()]
-    if missing:
-        raise UserError(
-            f"{dataset.path(missing[0])}: no such image; {len(missing)} of the {len(dataset)} images of {file} are "
-            f"missing under {dataset.root}; pass the folder that the file's paths start from as data root"
-        )

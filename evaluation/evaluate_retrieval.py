@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from data.caption_datasets import CaptionDataset, load_annotations
+from data.named_datasets import NAMED_DATASETS
 from evaluation.output import markdown_table, results_json, write_results
 from evaluation.report import write_report
 from evaluation.results import Results, choose_lambda
@@ -38,13 +39,6 @@ from models.token_store import TokenStore
 if TYPE_CHECKING:
     from models.backbone import Backbone
 
-BENCHMARKS = {"flickr30k": "dataset_flickr30k.json", "coco": "dataset_coco.json"}
-"""Names that --dataset takes for a file, and that file under --data-root."""
-TEST_SIZES = {"flickr30k": (1000, 5000), "coco": (5000, 25010)}
-"""Images and captions of the public test splits; recall on any other number is not comparable."""
-IMAGE_FOLDERS = {"flickr30k": "flickr30k-images"}
-"""Karpathy's Flickr30k file names images without their folder, which the public archive has."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -52,23 +46,22 @@ class Source:
 
     name: str
     """What results.json calls it."""
-    annotations: Path
+    annotations: Path | None
+    """None: a named data set, which finds its own files under `root`."""
     root: Path
     store: str = ""
     caption_store: str = ""
 
+    @property
+    def label(self) -> str:
+        """What the folder of its results is called."""
+        return self.annotations.stem if self.annotations else self.name
+
     def load(self, split: str) -> CaptionDataset:
         """One split; image files are looked for unless a store stands for them."""
-        dataset = load_annotations(self.annotations, self.root, split, check_images=not self.store)
-        expected = TEST_SIZES.get(self.name)
-        found = (len(dataset), len(dataset.captions))
-        if split == "test" and expected and found != expected:
-            raise UserError(
-                f"{self.annotations}: the test split has {found[0]:,} images and {found[1]:,} captions, {self.name}'s "
-                f"has {expected[0]:,} and {expected[1]:,}; recall on another set is not comparable, so get Karpathy's "
-                "file, or name it as a FILE.json"
-            )
-        return dataset
+        if self.annotations is None:
+            return NAMED_DATASETS[self.name].load(self.root, split, check_images=not self.store)
+        return load_annotations(self.annotations, self.root, split, check_images=not self.store)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -173,11 +166,8 @@ def find_source(arguments: argparse.Namespace, checkpoint: Path) -> Source:
         source = _source_of_run(run_directory(arguments.checkpoint, checkpoint), arguments.data_root)
     elif arguments.data_root is None:
         raise UserError(f"--dataset {arguments.dataset} needs --data-root, the folder that its image paths start from")
-    elif arguments.dataset in BENCHMARKS:
-        root = Path(arguments.data_root)
-        folder = root / IMAGE_FOLDERS.get(arguments.dataset, "")
-        images = folder if folder.is_dir() else root
-        source = Source(arguments.dataset, root / BENCHMARKS[arguments.dataset], images)
+    elif arguments.dataset in NAMED_DATASETS:
+        source = Source(arguments.dataset, None, Path(arguments.data_root))
     else:
         source = Source(arguments.dataset, Path(arguments.dataset), Path(arguments.data_root))
     return replace(
@@ -211,7 +201,7 @@ def write_outputs(
     """The files, and the table on the terminal."""
     run = run_directory(arguments.checkpoint, checkpoint)
     base = checkpoint.parent if run == checkpoint else run
-    out = Path(arguments.out or base / f"evaluation-{source.annotations.stem}-{arguments.split}")
+    out = Path(arguments.out or base / f"evaluation-{source.label}-{arguments.split}")
     summary = results_json(results, str(checkpoint), source.name, arguments.split)
     write_results(out, results, dataset, summary)
     report = write_report(out, summary, results, dataset, run / "metrics.jsonl")

@@ -161,7 +161,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(run, tmp_path):
 def test_a_benchmarks_name_is_refused_for_a_split_of_another_size(run, scenes, annotations, tmp_path):
     (tmp_path / "dataset_flickr30k.json").write_bytes(annotations.read_bytes())
     (tmp_path / "images").symlink_to(scenes / "images")
-    with pytest.raises(UserError, match=r"12 images and 60 captions, flickr30k's has 1,000 and 5,000"):
+    with pytest.raises(UserError, match=r"12 images and 60 captions, Flickr30k's has 1,000 and 5,000"):
         evaluate("--checkpoint", run, "--dataset", "flickr30k", "--data-root", tmp_path)
 
 
