@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from data.caption_datasets import CaptionDataset, load_annotations
+from data.json_documents import is_list
 from data.named_datasets import NAMED_DATASETS
 from evaluation.output import markdown_table, results_json, write_results
 from evaluation.report import write_report
@@ -170,6 +171,11 @@ def find_source(arguments: argparse.Namespace, checkpoint: Path) -> Source:
         source = Source(arguments.dataset, None, Path(arguments.data_root))
     else:
         source = Source(arguments.dataset, Path(arguments.dataset), Path(arguments.data_root))
+    if arguments.lambda_split and source.annotations and is_list(source.annotations):
+        raise UserError(
+            f"{source.annotations}: a list is one split, so --lambda-split would choose on what is evaluated; "
+            "pass a named data set or a file of several splits"
+        )
     return replace(
         source,
         store=arguments.store or source.store,
@@ -191,6 +197,10 @@ def _source_of_run(run: Path, data_root: str | None) -> Source:
     root = data_root or data.get("root")
     if not root or not data.get("annotations"):
         raise UserError(f"{run / CONFIG_FILE}: names no data; pass --dataset and --data-root")
+    if isinstance(data["annotations"], list) or is_list(Path(root) / data["annotations"]):
+        raise UserError(
+            f"{run / CONFIG_FILE}: the run read lists, which are what it was trained on; pass --dataset and --data-root"
+        )
     annotations = Path(root) / data["annotations"]
     return Source(str(annotations), annotations, Path(root), data.get("store") or "", data.get("caption_store") or "")
 
