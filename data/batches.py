@@ -79,6 +79,8 @@ class BatchPlan:
     def caption(self, image: int, row: int) -> int:
         """A caption of `image`, drawn for row `row` of the run."""
         start, stop = self.dataset.caption_range(image)
+        if stop == start + 1:
+            return start
         return int(random_stream(self.seed, CAPTION, row).integers(start, stop))
 
     def _in_order(self, first: int, count: int) -> np.ndarray:
@@ -154,13 +156,14 @@ class TrainingBatches(Dataset):
         unreadable: list[str] = []
         images, pixels = images.copy(), []
         for position, row in enumerate(rows):
-            stand_ins = random_stream(self.plan.seed, STAND_IN, int(row))
+            stand_ins = None
             for _ in range(100):
                 try:
                     pixels.append(self.preprocess(self.plan.dataset.open_image(int(images[position]))))
                     break
                 except ImageError as error:
                     unreadable.append(str(error))
+                    stand_ins = stand_ins or random_stream(self.plan.seed, STAND_IN, int(row))
                     images[position] = stand_ins.integers(len(self.plan.dataset))
             else:
                 raise UserError(f"{unreadable[0]}; nor could 99 other images of {self.plan.dataset.root} be read")

@@ -44,6 +44,13 @@ class TextColumn(Sequence[str]):
             builder.append(text)
         return builder.column()
 
+    @classmethod
+    def cat(cls, parts: Sequence[TextColumn]) -> TextColumn:
+        """The strings of all parts, in order; at least one part."""
+        ends = np.cumsum([0, *(len(part.blob) for part in parts)])
+        offsets = [part.offsets[1:] + end for part, end in zip(parts, ends[:-1], strict=True)]
+        return cls(np.concatenate([part.blob for part in parts]), np.concatenate([[0], *offsets]))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

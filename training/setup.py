@@ -17,6 +17,7 @@ from data.batches import BatchPlan, TrainingBatches
 from data.caption_datasets import CaptionDataset, load_annotations, read_field
 from data.json_documents import is_list
 from data.neighbours import CaptionKeys, nearest_images
+from data.webdataset_shards import load_shards
 from models.captions import CaptionTokenizer, build_vocabulary
 from models.checkpoint import load_state
 from models.config import BackboneDims, EDJEConfig
@@ -65,12 +66,17 @@ def open_features(config: RunConfig, ranks: Ranks) -> Features:
 def load_training_split(config: RunConfig, ranks: Ranks) -> CaptionDataset:
     """The images and captions to train on."""
     data = config.data
-    if not data.root or not data.annotation_files:
+    if not data.root or not (data.annotation_files or data.shards):
         raise UserError("data.root and data.annotations are needed; e.g. data.root=DIR on the command line")
-    if data.cache and not ranks.is_main:
+    cached = bool(data.cache or data.shards)
+    if cached and not ranks.is_main:
         ranks.barrier()  # the main rank writes the cache, the others map it
-    dataset = load_annotations(data.annotation_files, data.root, data.train_split, cache=data.cache or None)
-    if data.cache and ranks.is_main:
+    if data.shards:
+        cache = data.cache or Path(config.output) / "cache"
+        dataset = load_shards(data.shards, data.root, cache, data.num_workers)
+    else:
+        dataset = load_annotations(data.annotation_files, data.root, data.train_split, cache=data.cache or None)
+    if cached and ranks.is_main:
         ranks.barrier()
     return dataset
 
@@ -85,8 +91,8 @@ def load_validation_split(config: RunConfig) -> CaptionDataset | None:
     lists = [str(file) for file in data.annotation_files if is_list(file)]
     if lists or not data.annotation_files:
         raise UserError(
-            f"data.val_split is {data.val_split!r}, but {lists[0] if lists else 'data.annotations'} is what is trained "
-            "on; name another file in data.val_annotations, or leave data.val_split empty"
+            f"data.val_split is {data.val_split!r}, but {lists[0] if lists else 'data.shards'} is what is trained on; "
+            "name another file in data.val_annotations, or leave data.val_split empty"
         )
     return load_annotations(data.annotation_files, data.root, data.val_split)
 
