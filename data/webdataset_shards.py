@@ -45,7 +45,9 @@ _BLOCK = 512
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ShardDataset(CaptionDataset):
-    """The samples of S shards: one caption an image, and images as byte ranges of the shards."""
+    """The samples of S shards: one caption an image, and images as byte ranges of the shards.
+
+    Image ids are shard and member, relative to the folder that all shards lie under."""
 
     shards: Sequence[str]
     """S paths."""
@@ -101,7 +103,7 @@ def load_shards(
     naming the file and what is wrong with it: a shard missing, named twice, cut short or no tar; a sample without image
     or caption, or with a member twice."""
     files = find_shards([patterns] if isinstance(patterns, str) else patterns, Path(root))
-    folder, _ = cached_columns(Path(cache), "shards", files, lambda: _index_shards(files, Path(root), num_workers))
+    folder, _ = cached_columns(Path(cache), "shards", files, lambda: _index_shards(files, num_workers))
     return _open(folder, Path(root))
 
 
@@ -146,18 +148,20 @@ def _expand_braces(pattern: str) -> list[str]:
     return [name for choice in choices for name in _expand_braces(head + choice + tail)]
 
 
-def _index_shards(files: list[Path], root: Path, num_workers: int) -> Columns:
+def _index_shards(files: list[Path], num_workers: int) -> Columns:
+    # What is cached depends on the files alone: not on the root, nor on the folder that a run starts in.
+    paths = [os.path.abspath(file) for file in files]
+    above = os.path.commonpath([os.path.dirname(path) for path in paths])
     with _workers(num_workers) as map_shards:
         parts = list(tqdm(map_shards(_index_shard, files), total=len(files), desc="index shards", unit="shard"))
     ids = TextBuilder()
-    for file, (members, _, _, _) in zip(files, parts, strict=True):
-        shard = file.relative_to(root) if file.is_relative_to(root) else file
+    for path, (members, _, _, _) in zip(paths, parts, strict=True):
         for member in members:
-            ids.append(f"{shard.as_posix()}/{member}")
+            ids.append(f"{os.path.relpath(path, above)}/{member}")
     return {
         "image_ids": ids.column(),
         "captions": TextColumn.cat([captions for _, captions, _, _ in parts]),
-        "shards": TextColumn.of(map(str, files)),
+        "shards": TextColumn.of(paths),
         "image_shard": np.repeat(np.arange(len(files), dtype=np.int32), [len(members) for members, _, _, _ in parts]),
         "image_start": np.concatenate([starts for _, _, starts, _ in parts]),
         "image_bytes": np.concatenate([sizes for _, _, _, sizes in parts]),

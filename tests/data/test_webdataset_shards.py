@@ -187,3 +187,14 @@ def test_patterns_are_braces_globs_and_lists_of_them(shards):
         find_shards(["*.zip"], shards)
     with pytest.raises(UserError, match="00003.tar: named twice"):
         find_shards(["00003.tar", "*.tar"], shards)
+
+
+def test_shards_of_one_name_in_two_folders_are_told_apart_wherever_a_run_starts(tmp_path, monkeypatch):
+    for folder in ("cc3m", "cc12m"):
+        write_shards(tmp_path / folder, [2])
+    monkeypatch.chdir(tmp_path)
+    dataset = load_shards(["cc3m/*.tar", "cc12m/*.tar"], ".", "cache")
+    assert dataset.image_ids[::2] == ["cc3m/00000.tar/000000000.jpg", "cc12m/00000.tar/000000000.jpg"]
+    monkeypatch.chdir(tmp_path / "cc3m")
+    again = load_shards(["cc3m/*.tar", "cc12m/*.tar"], "..", "../cache")
+    assert again.folder.name == dataset.folder.name and again.open_image(3).size == (32, 32)
