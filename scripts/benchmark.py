@@ -2,7 +2,8 @@
 
 python scripts/benchmark.py --out benchmarks/rerank_cpu.json --only rerank       minutes on 2 cores
 python scripts/benchmark.py --device cuda --out benchmarks/h100.json --pairs 4096
-python scripts/benchmark.py --out benchmarks/data_cpu.json --only data --rounds 5       15 minutes, 3 GB of memory
+python scripts/benchmark.py --out benchmarks/lists_cpu.json --only lists         3 GB of memory and of disk
+python scripts/benchmark.py --out benchmarks/shards_cpu.json --only shards --rounds 5
 python scripts/benchmark.py --table benchmarks/rerank_cpu.json                   the README's table from a record
 """
 
@@ -23,11 +24,11 @@ from models.checkpoint import replace_text  # noqa: E402
 from models.errors import UserError, run_entry_point  # noqa: E402
 from models.ranks import pick_device  # noqa: E402
 from scripts.benchmark_timing import environment  # noqa: E402
-from scripts.data_benchmark import benchmark_data  # noqa: E402
+from scripts.data_benchmark import benchmark_lists, benchmark_shards  # noqa: E402
 from scripts.rerank_benchmark import BASELINE_BATCH, benchmark_rerank  # noqa: E402
 from scripts.train_benchmark import benchmark_train  # noqa: E402
 
-SECTIONS = ("rerank", "train", "data")
+SECTIONS = ("rerank", "train", "lists", "shards")
 
 
 def main() -> None:
@@ -72,8 +73,10 @@ def run_section(name: str, device: torch.device, arguments: argparse.Namespace) 
     """One section of the record."""
     if name == "train":
         return benchmark_train(device, arguments.rounds, arguments.train_batch)
-    if name == "data":
-        return benchmark_data(arguments.list_pairs, arguments.rounds)
+    if name == "lists":
+        return benchmark_lists(arguments.list_pairs)
+    if name == "shards":
+        return benchmark_shards(arguments.rounds)
     return benchmark_rerank(device, arguments.pairs, arguments.rounds, arguments.baseline_batch)
 
 
@@ -98,8 +101,10 @@ def markdown(record: dict[str, Any]) -> str:
         lines += rerank_table(record["rerank"])
     if "train" in record:
         lines += ["", *train_table(record["train"])]
-    if "data" in record:
-        lines += ["", *data_table(record["data"])]
+    if "lists" in record:
+        lines += ["", *lists_table(record["lists"])]
+    if "shards" in record:
+        lines += ["", *shards_table(record["shards"])]
     return "\n".join(lines)
 
 
@@ -123,18 +128,17 @@ def train_table(section: dict[str, Any]) -> list[str]:
     return [*lines, f"| times as fast | {section['ratio']['median']:.1f} |"]
 
 
-def data_table(section: dict[str, Any]) -> list[str]:
-    memory, shards = section["memory"], section["shards"]
-    lines = [f"| PSS while training reads, {memory['workers']} workers | main | workers | all |", "|---|---|---|---|"]
-    for name, row in memory["lists"].items():
+def lists_table(section: dict[str, Any]) -> list[str]:
+    lines = [f"| list, {section['workers']} workers | main process | workers | all |", "|---|---|---|---|"]
+    for name, row in section["lists"].items():
         sizes = (row["pss_bytes_main"], row["pss_bytes_workers"], row["pss_bytes_main"] + row["pss_bytes_workers"])
         lines.append(f"| {name} | {' | '.join(f'{size / 1e9:.2f} GB' for size in sizes)} |")
-    lines += [
-        "",
-        f"| images/s, {shards['processes']} processes | from shards | PIL alone | ratio |",
-        "|---|---|---|---|",
-    ]
-    for name, row in shards["comparisons"].items():
+    return lines
+
+
+def shards_table(section: dict[str, Any]) -> list[str]:
+    lines = [f"| images/s, {section['processes']} processes | from shards | PIL alone | ratio |", "|---|---|---|---|"]
+    for name, row in section["comparisons"].items():
         rates = " | ".join(f"{rate['median']:.0f}" for rate in row["images_per_second"].values())
         lines.append(f"| {name} | {rates} | {row['ratio_of_medians']:.2f} |")
     return lines

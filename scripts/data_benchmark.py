@@ -1,9 +1,9 @@
-"""Benchmark section `data`: the memory that lists of millions of pairs take, and the speed of reading tar shards.
+"""Benchmark sections `lists` and `shards`: memory that lists of millions of pairs take, speed of reading tar shards.
 
-`memory`: a list of pairs, a row a caption as pretraining lists have them, is written, and read in a process of its own;
-in another, the training reader runs with 4 workers, and the proportional set sizes (PSS: shared pages divided among
-those who share them) of the main process and of the workers are added up. The same with 1,000 pairs shows what the
-libraries take. Every image is the same file, as millions cannot be written here.
+`lists`: a list of pairs, a row a caption as pretraining lists have them, is written; a process of its own reads it into
+the cache, then runs the training reader with 4 workers, and the proportional set sizes (PSS: shared pages divided among
+those who share them) of that process and of the workers are added up. The same with 1,000 pairs shows what the libraries
+take. Every image is the same file, as millions cannot be written here.
 
 `shards`: images a second that the training reader gets out of WebDataset shards with 2 workers, against 2 processes
 that do nothing but decode the same JPEGs, held in memory, with PIL; alternating. Once decoding alone (the reader keeps
@@ -42,17 +42,12 @@ NUM_WORKERS = 4
 """Of the memory section."""
 BATCH_SIZE = 32
 FEW_PAIRS = 1000
-NUM_BATCHES = 60
+NUM_BATCHES = 24
 """Read before memory is measured: every worker has then held an epoch's order, pages of captions and images."""
 WORDS = "a the small large red wooden dog woman street window beside holding under near two people table".split()
 
 
-def benchmark_data(num_pairs: int, rounds: int) -> dict[str, Any]:
-    """The section's record."""
-    return {"memory": benchmark_memory(num_pairs), "shards": benchmark_shards(rounds)}
-
-
-def benchmark_memory(num_pairs: int) -> dict[str, Any]:
+def benchmark_lists(num_pairs: int) -> dict[str, Any]:
     """Seconds and peak memory of reading a list once, and PSS of the processes that then train from it."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -61,10 +56,9 @@ def benchmark_memory(num_pairs: int) -> dict[str, Any]:
         for count in (FEW_PAIRS, num_pairs):
             file = root / f"{count}.json"
             _write_list(file, count)
-            for cache in (None, root / "cache"):
-                name = f"{count:,} pairs, {'mapped from the cache' if cache else 'in memory'}"
-                lists[name] = {"list_bytes": file.stat().st_size, **_in_a_process(_reading, file, cache)}
-                lists[name] |= _in_a_process(_training_memory, file, cache)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # its memory is its own
+                measured = pool.submit(_training_memory, file, root / "cache").result()
+            lists[f"{count:,} pairs"] = {"list_bytes": file.stat().st_size, **measured}
     return {"workers": NUM_WORKERS, "lists": lists}
 
 
@@ -79,18 +73,6 @@ def _write_list(file: Path, num_pairs: int) -> None:
         stream.write("\n]\n")
 
 
-def _in_a_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """The call in a fresh process, whose memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def _reading(file: Path, cache: Path | None) -> dict[str, Any]:
-    before, start = _peak_bytes(), time.perf_counter()
-    load_annotations(file, file.parent, None, cache=cache)
-    return {"seconds_to_read": time.perf_counter() - start, "peak_bytes_to_read": _peak_bytes() - before}
-
-
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -102,10 +84,12 @@ class _OneImage(CaptionDataset):
         return open_image(self.root / "image.jpg")
 
 
-def _training_memory(file: Path, cache: Path | None) -> dict[str, Any]:
-    """PSS of this process and its data-loader workers while they read batches."""
+def _training_memory(file: Path, cache: Path) -> dict[str, Any]:
+    """What reading the list took, and PSS of this process and its data-loader workers while they read batches."""
     multiprocessing.set_start_method("fork", force=True)  # as in training; this process itself was spawned
+    before, start = _peak_bytes(), time.perf_counter()
     listed = load_annotations(file, file.parent, None, cache=cache)
+    seconds, peak = time.perf_counter() - start, _peak_bytes() - before
     dataset = _OneImage(**vars(listed))
     keys = CaptionKeys(dataset)
     batches = TrainingBatches(BatchPlan(dataset, BATCH_SIZE, seed=0), preprocess=preprocess())
@@ -116,6 +100,8 @@ def _training_memory(file: Path, cache: Path | None) -> dict[str, Any]:
         keys.true_pairs(batch.captions, batch.images)
     workers = [process.pid for process in multiprocessing.active_children()]
     return {
+        "seconds_to_read": seconds,
+        "peak_bytes_to_read": peak,
         "pss_bytes_main": pss_bytes("self"),
         "pss_bytes_workers": sum(pss_bytes(worker) for worker in workers),
         "num_workers": len(workers),
