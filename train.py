@@ -16,7 +16,14 @@ from models.ranks import process_group
 from training.config import RunConfig, load_config
 from training.loop import Run, build_optimizer, train
 from training.objectives import Objectives
-from training.setup import build_batches, build_model, load_split, load_teacher, open_features
+from training.setup import (
+    build_batches,
+    build_model,
+    load_teacher,
+    load_training_split,
+    load_validation_split,
+    open_features,
+)
 
 
 def parse_arguments() -> RunConfig:
@@ -30,8 +37,8 @@ def parse_arguments() -> RunConfig:
 def main() -> None:
     config = parse_arguments()
     with process_group(config.device) as ranks:
-        dataset = load_split(config, config.data.train_split)
-        validation = load_split(config, config.data.val_split) if config.data.val_split else None
+        dataset = load_training_split(config, ranks)
+        validation = load_validation_split(config)
         features = open_features(config, ranks)  # patch-token stores, or the frozen backbone: one copy
         model = build_model(config, features, dataset, ranks).to(ranks.device)
         teacher = load_teacher(config, features, model, ranks)  # None unless a distillation asks for it

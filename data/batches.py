@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from models.errors import UserError
-from models.images import ImageError, open_image
+from models.images import ImageError
 from models.token_store import TokenStore
 
 from .caption_datasets import CaptionDataset
@@ -79,15 +79,16 @@ class BatchPlan:
     def caption(self, image: int, row: int) -> int:
         """A caption of `image`, drawn for row `row` of the run."""
         start, stop = self.dataset.caption_range(image)
+        if stop == start + 1:
+            return start
         return int(random_stream(self.seed, CAPTION, row).integers(start, stop))
 
     def _in_order(self, first: int, count: int) -> np.ndarray:
         """Images at positions first .. first + count - 1 of the run: epoch after epoch, each in an order of its own."""
         positions = np.arange(first, first + count)
         epochs, places = np.divmod(positions, len(self.dataset))
-        return np.array(
-            [_epoch_order(self.seed, int(e), len(self.dataset))[p] for e, p in zip(epochs, places, strict=True)]
-        )
+        orders = {int(epoch): _epoch_order(self.dataset, self.seed, int(epoch)) for epoch in np.unique(epochs)}
+        return np.array([orders[e][p] for e, p in zip(epochs.tolist(), places, strict=True)], np.int64)
 
     def _group(self, number: int, group: int, anchor: int) -> np.ndarray:
         """The anchor and its members, all different as far as the data set allows."""
@@ -104,8 +105,8 @@ class BatchPlan:
 
 
 @lru_cache(maxsize=2)  # a batch may lie across two epochs
-def _epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    return random_stream(seed, ORDER, epoch).permutation(num_images)
+def _epoch_order(dataset: CaptionDataset, seed: int, epoch: int) -> np.ndarray:
+    return dataset.epoch_order(random_stream(seed, ORDER, epoch))
 
 
 class TrainingBatches(Dataset):
@@ -155,13 +156,14 @@ class TrainingBatches(Dataset):
         unreadable: list[str] = []
         images, pixels = images.copy(), []
         for position, row in enumerate(rows):
-            stand_ins = random_stream(self.plan.seed, STAND_IN, int(row))
+            stand_ins = None
             for _ in range(100):
                 try:
-                    pixels.append(self.preprocess(open_image(self.plan.dataset.path(int(images[position])))))
+                    pixels.append(self.preprocess(self.plan.dataset.open_image(int(images[position]))))
                     break
                 except ImageError as error:
                     unreadable.append(str(error))
+                    stand_ins = stand_ins or random_stream(self.plan.seed, STAND_IN, int(row))
                     images[position] = stand_ins.integers(len(self.plan.dataset))
             else:
                 raise UserError(f"{unreadable[0]}; nor could 99 other images of {self.plan.dataset.root} be read")

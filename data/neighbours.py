@@ -24,30 +24,42 @@ class CaptionKeys:
     """Knows for any caption and image of a data set whether the image bears that very caption.
 
     Captions are compared in canonical form, by a 64-bit hash. Two images of the same thing (another artist's
-    drawing, a near duplicate with the same caption) are then never taken for each other's negatives."""
+    drawing, a near duplicate with the same caption) are then never taken for each other's negatives.
+
+    A caption's key is computed when it is first asked for: all of millions would take minutes before the first step."""
 
     def __init__(self, dataset: CaptionDataset):
-        self.keys = torch.tensor([_key(caption) for caption in dataset.captions], dtype=torch.int64)
+        self._captions = dataset.captions
+        self._keys = torch.zeros(len(dataset.captions), dtype=torch.int64)
+        self._known = torch.zeros(len(dataset.captions), dtype=torch.bool)
         counts = np.bincount(dataset.caption_image, minlength=len(dataset))
         self._starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
         self._most = int(counts.max())
+
+    def of_captions(self, captions: Tensor) -> Tensor:
+        """Captions, any shape -> their keys, the same shape."""
+        unknown = captions[~self._known[captions]].unique()
+        self._keys[unknown] = torch.tensor([_key(self._captions[c]) for c in unknown.tolist()], dtype=torch.int64)
+        self._known[unknown] = True
+        return self._keys[captions]
 
     def of_images(self, images: Tensor) -> Tensor:
         """[B] images -> [B, most captions of an image] keys; an image with fewer repeats its first."""
         starts, stops = self._starts[images, None], self._starts[images + 1, None]
         index = starts + torch.arange(self._most)
-        return self.keys[torch.where(index < stops, index, starts)]
+        return self.of_captions(torch.where(index < stops, index, starts))
 
     def true_pairs(self, captions: Tensor, images: Tensor) -> Tensor:
         """[B] captions, [N] images -> [B, N] bool: caption i is one of image j's captions, so (i, j) is no negative.
 
         Holds for the caption's own image and for every image with an equal caption; the same caption is thereby
         excluded in both directions."""
-        return (self.keys[captions][:, None, None] == self.of_images(images)[None]).any(-1)
+        return (self.of_captions(captions)[:, None, None] == self.of_images(images)[None]).any(-1)
 
     def images_by_key(self) -> tuple[Tensor, Tensor]:
         """Key and image of each caption, [C] each."""
-        return self.keys, torch.repeat_interleave(torch.arange(len(self._starts) - 1), self._starts.diff())
+        keys = self.of_captions(torch.arange(len(self._keys)))
+        return keys, torch.repeat_interleave(torch.arange(len(self._starts) - 1), self._starts.diff())
 
 
 def _key(caption: str) -> int:

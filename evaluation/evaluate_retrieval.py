@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from data.caption_datasets import CaptionDataset, load_annotations
+from data.json_documents import is_list
+from data.named_datasets import NAMED_DATASETS
 from evaluation.eccv import DEPTH, CocoIds, add_extended_figures, may_be_coco_test, read_coco_ids
 from evaluation.model_record import SETTINGS, model_record, read_run_config, run_directory
 from evaluation.output import markdown_table, protocol, results_json, write_results
@@ -41,13 +43,6 @@ from models.token_store import TokenStore
 if TYPE_CHECKING:
     from models.backbone import Backbone
 
-BENCHMARKS = {"flickr30k": "dataset_flickr30k.json", "coco": "dataset_coco.json"}
-"""Names that --dataset takes for a file, and that file under --data-root."""
-TEST_SIZES = {"flickr30k": (1000, 5000), "coco": (5000, 25010)}
-"""Images and captions of the public test splits; recall on any other number is not comparable."""
-IMAGE_FOLDERS = {"flickr30k": "flickr30k-images"}
-"""Karpathy's Flickr30k file names images without their folder, which the public archive has."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -55,23 +50,26 @@ class Source:
 
     name: str
     """What results.json calls it."""
-    annotations: Path
+    annotations: Path | None
+    """None: a named data set, which finds its own files under `root`."""
     root: Path
     store: str = ""
     caption_store: str = ""
 
+    @property
+    def label(self) -> str:
+        """What the folder of its results is called."""
+        return self.annotations.stem if self.annotations else self.name
+
+    def file(self, split: str) -> Path:
+        """The annotation file that holds a split."""
+        return self.annotations or NAMED_DATASETS[self.name].annotations(self.root, split)
+
     def load(self, split: str) -> CaptionDataset:
         """One split; image files are looked for unless a store stands for them."""
-        dataset = load_annotations(self.annotations, self.root, split, check_images=not self.store)
-        expected = TEST_SIZES.get(self.name)
-        found = (len(dataset), len(dataset.captions))
-        if split == "test" and expected and found != expected:
-            raise UserError(
-                f"{self.annotations}: the test split has {found[0]:,} images and {found[1]:,} captions, {self.name}'s "
-                f"has {expected[0]:,} and {expected[1]:,}; recall on another set is not comparable, so get Karpathy's "
-                "file, or name it as a FILE.json"
-            )
-        return dataset
+        if self.annotations is None:
+            return NAMED_DATASETS[self.name].load(self.root, split, check_images=not self.store)
+        return load_annotations(self.annotations, self.root, split, check_images=not self.store)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -201,13 +199,15 @@ def find_source(arguments: argparse.Namespace, checkpoint: Path) -> Source:
         source = _source_of_run(run_directory(arguments.checkpoint, checkpoint), arguments.data_root)
     elif arguments.data_root is None:
         raise UserError(f"--dataset {arguments.dataset} needs --data-root, the folder that its image paths start from")
-    elif arguments.dataset in BENCHMARKS:
-        root = Path(arguments.data_root)
-        folder = root / IMAGE_FOLDERS.get(arguments.dataset, "")
-        images = folder if folder.is_dir() else root
-        source = Source(arguments.dataset, root / BENCHMARKS[arguments.dataset], images)
+    elif arguments.dataset in NAMED_DATASETS:
+        source = Source(arguments.dataset, None, Path(arguments.data_root))
     else:
         source = Source(arguments.dataset, Path(arguments.dataset), Path(arguments.data_root))
+    if arguments.lambda_split and source.annotations and is_list(source.annotations):
+        raise UserError(
+            f"{source.annotations}: a list is one split, so --lambda-split would choose on what is evaluated; "
+            "pass a named data set or a file of several splits"
+        )
     return replace(
         source,
         store=arguments.store or source.store,
@@ -220,6 +220,10 @@ def _source_of_run(run: Path, data_root: str | None) -> Source:
     root = data_root or data.get("root")
     if not root or not data.get("annotations"):
         raise UserError(f"{run / CONFIG_FILE}: names no data; pass --dataset and --data-root")
+    if isinstance(data["annotations"], list) or is_list(Path(root) / data["annotations"]):
+        raise UserError(
+            f"{run / CONFIG_FILE}: the run read lists, which are what it was trained on; pass --dataset and --data-root"
+        )
     annotations = Path(root) / data["annotations"]
     return Source(str(annotations), annotations, Path(root), data.get("store") or "", data.get("caption_store") or "")
 
@@ -234,7 +238,7 @@ def find_coco_ids(
     if not arguments.eccv and (arguments.folds > 1 or not may_be_coco_test(dataset)):
         return None
     try:
-        return read_coco_ids(source.annotations, dataset)
+        return read_coco_ids(source.file(arguments.split), dataset)
     except UserError as error:
         if arguments.eccv:
             raise
@@ -255,7 +259,7 @@ def write_outputs(
     run = run_directory(arguments.checkpoint, checkpoint)
     base = checkpoint.parent if run == checkpoint else run
     folds = f"-{arguments.folds}-folds" if arguments.folds > 1 else ""
-    out = Path(arguments.out or base / f"evaluation-{source.annotations.stem}-{arguments.split}{folds}")
+    out = Path(arguments.out or base / f"evaluation-{source.label}-{arguments.split}{folds}")
     write_results(out, results, dataset, summary)
     report = write_report(out, summary, results, dataset, run / "metrics.jsonl")
     print(f"\n{protocol([summary])}\n\n{markdown_table([summary])}\n\nreport: {report}")

@@ -82,7 +82,11 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, key, problems)
+        choices = [a for a in arguments if a is not type(None)]
+        # One value, or a list of them, as in `str | tuple[str, ...]`.
+        wants_list = isinstance(value, (list, tuple))
+        hint = next((a for a in choices if (typing.get_origin(a) is tuple) == wants_list), choices[0])
+        return _convert(hint, value, key, problems)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(arguments[0], v, key, problems) for v in value)
     if hint is float and not isinstance(value, bool):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -14,13 +15,14 @@ class ImageError(UserError):
     """An image that cannot be read: missing, not an image, cut short, or beyond PIL's size limit."""
 
 
-def open_image(source: str | Path | Image.Image) -> Image.Image:
+def open_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
     """Read an image completely and return it in mode RGB.
 
     The EXIF rotation is applied, transparent pixels show white, 16-bit greys are scaled to 8 bits. A PIL image is
-    converted the same way. Raises ImageError naming the file; an image over PIL's size limit is refused, not resized.
+    converted the same way; a stream of bytes goes by its `name` in errors. Raises ImageError naming the file; an image
+    over PIL's size limit is refused, not resized.
     """
-    name = str(source) if isinstance(source, str | Path) else "image"
+    name = str(source) if isinstance(source, str | Path) else getattr(source, "name", "image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -47,4 +49,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert() copies even what is RGB

@@ -2,6 +2,8 @@
 
 python scripts/benchmark.py --out benchmarks/rerank_cpu.json --only rerank       minutes on 2 cores
 python scripts/benchmark.py --device cuda --out benchmarks/h100.json --pairs 4096
+python scripts/benchmark.py --out benchmarks/lists_cpu.json --only lists         3 GB of memory and of disk
+python scripts/benchmark.py --out benchmarks/shards_cpu.json --only shards --rounds 5
 python scripts/benchmark.py --table benchmarks/rerank_cpu.json                   the README's table from a record
 """
 
@@ -22,10 +24,11 @@ from models.checkpoint import replace_text  # noqa: E402
 from models.errors import UserError, run_entry_point  # noqa: E402
 from models.ranks import pick_device  # noqa: E402
 from scripts.benchmark_timing import environment  # noqa: E402
+from scripts.data_benchmark import benchmark_lists, benchmark_shards  # noqa: E402
 from scripts.rerank_benchmark import BASELINE_BATCH, benchmark_rerank  # noqa: E402
 from scripts.train_benchmark import benchmark_train  # noqa: E402
 
-SECTIONS = ("rerank", "train")
+SECTIONS = ("rerank", "train", "lists", "shards")
 
 
 def main() -> None:
@@ -56,6 +59,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--train-batch", type=int, default=48, help="pairs a training step, a multiple of 6 (default %(default)s)"
     )
+    parser.add_argument(
+        "--list-pairs", type=int, default=5_000_000, help="pairs of the list whose memory is measured (%(default)s)"
+    )
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="print a record as Markdown; measures nothing")
     arguments = parser.parse_args()
     if arguments.rounds < 2 or arguments.pairs < 1 or arguments.baseline_batch < 1:
@@ -67,6 +73,10 @@ def run_section(name: str, device: torch.device, arguments: argparse.Namespace) 
     """One section of the record."""
     if name == "train":
         return benchmark_train(device, arguments.rounds, arguments.train_batch)
+    if name == "lists":
+        return benchmark_lists(arguments.list_pairs)
+    if name == "shards":
+        return benchmark_shards(arguments.rounds)
     return benchmark_rerank(device, arguments.pairs, arguments.rounds, arguments.baseline_batch)
 
 
@@ -91,6 +101,10 @@ def markdown(record: dict[str, Any]) -> str:
         lines += rerank_table(record["rerank"])
     if "train" in record:
         lines += ["", *train_table(record["train"])]
+    if "lists" in record:
+        lines += ["", *lists_table(record["lists"])]
+    if "shards" in record:
+        lines += ["", *shards_table(record["shards"])]
     return "\n".join(lines)
 
 
@@ -112,6 +126,22 @@ def train_table(section: dict[str, Any]) -> list[str]:
     lines = [f"| training, {section['backbone']}, {section['batch_size']} pairs a step | steps/s |", "|---|---|"]
     lines += [f"| {name} | {rate['median']:.2f} |" for name, rate in section["steps_per_second"].items()]
     return [*lines, f"| times as fast | {section['ratio']['median']:.1f} |"]
+
+
+def lists_table(section: dict[str, Any]) -> list[str]:
+    lines = [f"| list, {section['workers']} workers | main process | workers | all |", "|---|---|---|---|"]
+    for name, row in section["lists"].items():
+        sizes = (row["pss_bytes_main"], row["pss_bytes_workers"], row["pss_bytes_main"] + row["pss_bytes_workers"])
+        lines.append(f"| {name} | {' | '.join(f'{size / 1e9:.2f} GB' for size in sizes)} |")
+    return lines
+
+
+def shards_table(section: dict[str, Any]) -> list[str]:
+    lines = [f"| images/s, {section['processes']} processes | from shards | PIL alone | ratio |", "|---|---|---|---|"]
+    for name, row in section["comparisons"].items():
+        rates = " | ".join(f"{rate['median']:.0f}" for rate in row["images_per_second"].values())
+        lines.append(f"| {name} | {rates} | {row['ratio_of_medians']:.2f} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def read_items(images: Path, root: Path | None, split: str | None) -> Items:
     `root` is what the file's paths are relative to, by default the folder that it lies in."""
     if images.suffix == ".json":
         dataset = load_annotations(images, root or images.parent, split)
-        return Items([dataset.path(i) for i in range(len(dataset))], dataset.image_ids, dataset.captions)
+        return Items([dataset.path(i) for i in range(len(dataset))], list(dataset.image_ids), list(dataset.captions))
     if images.is_dir():
         ids, root = find_images(images), images
     else:

@@ -25,7 +25,7 @@ from models.ranks import Ranks
 from training.config import RunConfig, load_config
 from training.loop import Run, build_optimizer, optimizer_step
 from training.objectives import Objectives
-from training.setup import build_batches, build_model, load_split, open_features
+from training.setup import build_batches, build_model, load_training_split, open_features
 from training.step_reader import StepReader
 
 from .benchmark_timing import ROOT, alternate, ratio, spread
@@ -86,7 +86,7 @@ def _write_stores(root: Path, backbone: Backbone, ranks: Ranks) -> None:
 
 def _stepper(config: RunConfig, ranks: Ranks):
     """A call that trains one step; every contestant has a run of its own."""
-    dataset = load_split(config, "train")
+    dataset = load_training_split(config, ranks)
     torch.manual_seed(0)  # a backbone of random weights is the same each time
     features = open_features(config, ranks)
     model = build_model(config, features, dataset, ranks).to(ranks.device)

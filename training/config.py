@@ -48,11 +48,21 @@ class DataConfig:
 
     root: str = ""
     """Directory that the annotations' image paths are relative to."""
-    annotations: str = ""
-    """Annotation file (Karpathy JSON or a BLIP/ALBEF list); relative to `root` unless absolute."""
+    annotations: str | tuple[str, ...] = ""
+    """Annotation file (Karpathy JSON or a BLIP/ALBEF list), or a list of files that are read as one: an image that two
+    of them name has the captions of both. Relative to `root` unless absolute."""
+    val_annotations: str = ""
+    """Annotation file of `val_split`. Empty: `annotations`, which must then hold several splits, as Karpathy's do."""
     train_split: str = "train"
     val_split: str = "val"
     """Split for evaluations during training and for the fusion's lambda; empty: none."""
+    shards: str | tuple[str, ...] = ""
+    """WebDataset tar shards (as img2dataset writes them) to train on instead of `annotations`: braces or a glob, e.g.
+    cc12m/{00000..01242}.tar, or a list of such; relative to `root` unless absolute. YAML wants quotes around a brace at
+    the start."""
+    cache: str = ""
+    """Folder for what is known of shards, and of lists of millions of pairs, as memory-mapped columns that are written
+    once and shared by all processes. Empty: of shards, `cache` in `output`; lists are held in memory by every rank."""
     store: str = ""
     """Patch-token store of all splits (scripts/precompute_tokens.py). Empty: images, one backbone pass a step."""
     caption_store: str = ""
@@ -65,6 +75,17 @@ class DataConfig:
     def __post_init__(self):
         if bool(self.store) != bool(self.caption_store):
             raise UserError("data.store and data.caption_store go together; set both or neither")
+        if self.shards and (self.annotations or self.store):
+            raise UserError(
+                "data.shards stands for data.annotations and is read as images: leave data.annotations, data.store and "
+                "data.caption_store empty (validation reads data.val_annotations)"
+            )
+
+    @property
+    def annotation_files(self) -> list[Path]:
+        """The files that `annotations` names."""
+        names = (self.annotations,) if isinstance(self.annotations, str) else self.annotations
+        return [Path(self.root) / name for name in names if name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,9 @@ import torch
 
 from data.batches import BatchPlan, TrainingBatches
 from data.caption_datasets import CaptionDataset, load_annotations, read_field
+from data.json_documents import is_list
 from data.neighbours import CaptionKeys, nearest_images
+from data.webdataset_shards import load_shards
 from models.captions import CaptionTokenizer, build_vocabulary
 from models.checkpoint import load_state
 from models.config import BackboneDims, EDJEConfig
@@ -61,12 +63,38 @@ def open_features(config: RunConfig, ranks: Ranks) -> Features:
     return Features(dims, store.manifest.backbone, store=store, caption_store=captions)
 
 
-def load_split(config: RunConfig, split: str) -> CaptionDataset:
-    """One split of the run's annotations."""
+def load_training_split(config: RunConfig, ranks: Ranks) -> CaptionDataset:
+    """The images and captions to train on."""
     data = config.data
-    if not data.root or not data.annotations:
+    if not data.root or not (data.annotation_files or data.shards):
         raise UserError("data.root and data.annotations are needed; e.g. data.root=DIR on the command line")
-    return load_annotations(Path(data.root) / data.annotations, data.root, split)
+    cached = bool(data.cache or data.shards)
+    if cached and not ranks.is_main:
+        ranks.barrier()  # the main rank writes the cache, the others map it
+    if data.shards:
+        cache = data.cache or Path(config.output) / "cache"
+        dataset = load_shards(data.shards, data.root, cache, data.num_workers)
+    else:
+        dataset = load_annotations(data.annotation_files, data.root, data.train_split, cache=data.cache or None)
+    if cached and ranks.is_main:
+        ranks.barrier()
+    return dataset
+
+
+def load_validation_split(config: RunConfig) -> CaptionDataset | None:
+    """The images and captions that training evaluates on, None where data.val_split is empty."""
+    data = config.data
+    if not data.val_split:
+        return None
+    if data.val_annotations:
+        return load_annotations(Path(data.root) / data.val_annotations, data.root, data.val_split)
+    lists = [str(file) for file in data.annotation_files if is_list(file)]
+    if lists or not data.annotation_files:
+        raise UserError(
+            f"data.val_split is {data.val_split!r}, but {lists[0] if lists else 'data.shards'} is what is trained on; "
+            "name another file in data.val_annotations, or leave data.val_split empty"
+        )
+    return load_annotations(data.annotation_files, data.root, data.val_split)
 
 
 def build_model(config: RunConfig, features: Features, dataset: CaptionDataset, ranks: Ranks) -> EDJE:
@@ -216,8 +244,9 @@ def _random_share(negatives: NegativesConfig, accumulation: int, number: int) ->
 
 def _field_of_images(config: RunConfig, dataset: CaptionDataset) -> list[str | None]:
     """The field that negatives.within names, for each image."""
-    file, field = Path(config.data.root) / config.data.annotations, config.negatives.within
-    labels = read_field(file, dataset, field)
+    files, field = config.data.annotation_files, config.negatives.within
+    of_files = zip(*(read_field(file, dataset, field) for file in files), strict=True)
+    labels = [next((label for label in of_image if label is not None), None) for of_image in of_files]
     if not any(labels):
-        raise UserError(f"{file}: no image has the field {field!r} that negatives.within names")
+        raise UserError(f"{files[0]}: no image has the field {field!r} that negatives.within names")
     return labels

@@ -1,6 +1,8 @@
 """Annotations: both layouts read alike, and every wrong row is an error that names it."""
 
 import json
+import pickle
+import random
 
 import pytest
 from PIL import Image
@@ -78,7 +80,7 @@ def test_a_list_with_a_row_a_caption_equals_one_with_lists(tmp_path):
         ([{"image": "a.jpg"}], "row 0 lacks"),
         ([{"image": "a.jpg", "caption": None}], "'a.jpg' has the caption None"),
         ([{"image": "a.jpg", "caption": []}], "'a.jpg' has no captions"),
-        ([{"image": "a.jpg", "caption": ["x"]}, {"image": "a.jpg", "caption": ["y"]}], "two lists of captions"),
+        ([{"image": "a.jpg", "caption": ["x"]}, {"image": "a.jpg", "caption": ["y"]}], "'a.jpg' is listed twice"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_an_error_of_one_line_that_names_it(tmp_path, document, message):
@@ -100,3 +102,55 @@ def test_missing_images_are_counted_and_the_first_named(tmp_path):
     with pytest.raises(UserError, match=r"b.png: no such image; 2 of the 3 images"):
         load(tmp_path, document, check_images=True)
     assert len(load(tmp_path, karpathy(("a.png", "test", ["x"])), check_images=True)) == 1
+
+
+def write_list(file, rows):
+    file.write_text(json.dumps([{"image": image, "caption": caption} for image, caption in rows]))
+    return file
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_several_lists_are_one_with_the_captions_of_all(tmp_path, seed, cached):
+    rng = random.Random(seed)
+    of_files = [[(f"{rng.randrange(8)}.jpg", f"{f} {i}") for i in range(rng.randrange(1, 12))] for f in range(3)]
+    files = [write_list(tmp_path / f"{f}.json", rows) for f, rows in enumerate(of_files)]
+    expected = {}
+    for image, caption in (row for rows in of_files for row in rows):
+        expected.setdefault(image, []).append(caption)
+    cache = tmp_path / "cache" if cached else None
+    for _ in range(2):  # written, then read
+        dataset = load_annotations(files, tmp_path, None, cache=cache)
+        assert dataset.image_ids == list(expected)
+        assert [dataset.captions[slice(*dataset.caption_range(i))] for i in range(len(dataset))] == [*expected.values()]
+        assert list(dataset.subsets) == [None] * len(expected)
+
+
+def test_a_cached_data_set_is_the_one_read_and_travels_as_its_folder(tmp_path):
+    document = karpathy(*((f"{i}.jpg", "test" if i % 2 else "val", ["caption", str(i)]) for i in range(600)))
+    for i, image in enumerate(document["images"]):
+        image["subset"] = [None, "style", "place"][i % 3]
+    plain, cached = load(tmp_path, document), load(tmp_path, document, cache=tmp_path / "cache")
+    assert load(tmp_path, document, "val", cache=tmp_path / "cache").image_ids[0] == "0.jpg"
+    sent = pickle.dumps(cached)
+    assert len(sent) < 1000
+    for dataset in (cached, pickle.loads(sent), pickle.loads(pickle.dumps(plain))):
+        assert dataset.image_ids == plain.image_ids and dataset.captions == plain.captions
+        assert dataset.caption_image.tolist() == plain.caption_image.tolist()
+        assert list(dataset.subsets) == list(plain.subsets) and set(plain.subsets) == {None, "style", "place"}
+
+
+def test_lists_of_captions_in_two_files_join_and_in_one_file_do_not(tmp_path):
+    files = [write_list(tmp_path / f"{f}.json", [("a.jpg", [f"{f} one", f"{f} two"])]) for f in "xy"]
+    assert load_annotations(files, tmp_path, None).captions == ["x one", "x two", "y one", "y two"]
+    write_list(files[1], [("b.jpg", "z"), ("a.jpg", "one"), ("a.jpg", ["two"])])
+    with pytest.raises(UserError, match="y.json: image 'a.jpg' is listed twice"):
+        load_annotations(files, tmp_path, None)
+
+
+def test_a_file_named_twice_and_an_empty_one_among_others_are_errors(tmp_path):
+    files = [write_list(tmp_path / "a.json", [("a.jpg", "x")]), write_list(tmp_path / "b.json", [])]
+    with pytest.raises(UserError, match="a.json: named twice"):
+        load_annotations([files[0], files[0]], tmp_path, None)
+    with pytest.raises(UserError, match="b.json: it lists no images"):
+        load_annotations(files, tmp_path, None)

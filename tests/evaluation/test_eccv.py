@@ -168,7 +168,7 @@ def test_a_list_without_numbers_is_refused(dataset, tmp_path):
 
 
 def wanted(eccv: bool, folds: int = 1) -> argparse.Namespace:
-    return argparse.Namespace(eccv=eccv, folds=folds)
+    return argparse.Namespace(eccv=eccv, folds=folds, split="test")
 
 
 def test_the_5k_test_split_gets_the_figures_unasked_and_other_data_does_not(annotations, dataset, scenes):

@@ -175,7 +175,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(run, tmp_path):
 def test_a_benchmarks_name_is_refused_for_a_split_of_another_size(run, scenes, annotations, tmp_path):
     (tmp_path / "dataset_flickr30k.json").write_bytes(annotations.read_bytes())
     (tmp_path / "images").symlink_to(scenes / "images")
-    with pytest.raises(UserError, match=r"12 images and 60 captions, flickr30k's has 1,000 and 5,000"):
+    with pytest.raises(UserError, match=r"12 images and 60 captions, Flickr30k's has 1,000 and 5,000"):
         evaluate("--checkpoint", run, "--dataset", "flickr30k", "--data-root", tmp_path)
 
 
@@ -183,6 +183,38 @@ def test_figures_by_cocos_extended_ground_truth_are_refused_for_other_data(run, 
     ended = run_script(SCRIPT, "--checkpoint", run, "--eccv", "--out", tmp_path / "out")
     assert ended.returncode == 2 and "dataset_scenes.json: names no COCO image and caption numbers" in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_lists_are_never_taken_for_a_split_that_they_are_not(run, scenes, annotations, tmp_path):
+    """A list is one split: a run's own is what it was trained on, and lambda must not be chosen on the test list."""
+    dataset = load_annotations(annotations, scenes, "test")
+    rows = [
+        {"image": dataset.image_ids[image], "caption": dataset.captions[i]}
+        for i, image in enumerate(dataset.caption_image)
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    from_lists = tmp_path / "run"
+    from_lists.mkdir()
+    (from_lists / "checkpoints").symlink_to(run / "checkpoints")
+    for annotation in (str(tmp_path / "test.json"), ["a.json", "b.json"]):
+        data = {"root": str(scenes), "annotations": annotation}
+        (from_lists / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+        with pytest.raises(UserError, match="lists, which are what it was trained on; pass --dataset"):
+            evaluate("--checkpoint", from_lists)
+    arguments = [
+        "--checkpoint",
+        run,
+        "--dataset",
+        tmp_path / "test.json",
+        "--data-root",
+        scenes,
+        "--out",
+        tmp_path / "out",
+    ]
+    with pytest.raises(UserError, match="test.json: a list is one split, so --lambda-split"):
+        evaluate(*arguments, "--lambda-split", "val")
+    evaluate(*arguments)
+    assert read(tmp_path / "out")["captions"] == 60
 
 
 def test_a_missing_image_is_named_before_anything_is_computed(run, annotations, tmp_path):

@@ -88,3 +88,17 @@ def test_the_random_share_falls_linearly_to_its_floor(tmp_path):
     file = write(tmp_path / "run.yaml", negatives={"random_start": 1.0, "random_end": 0.2, "random_steps": 10})
     negatives = load_config(file).negatives
     assert [round(negatives.random_share(step), 3) for step in (0, 5, 10, 99)] == [1.0, 0.6, 0.2, 0.2]
+
+
+def test_annotations_are_one_file_or_a_list_of_files(tmp_path):
+    file = write(tmp_path / "a.yaml", data={"root": "pairs", "annotations": "cc3m.json"})
+    one, several = load_config(file), load_config(file, ["data.annotations=[cc3m.json, /sbu.json]"])
+    assert one.data.annotations == "cc3m.json" and one.data.annotation_files == [Path("pairs/cc3m.json")]
+    assert several.data.annotation_files == [Path("pairs/cc3m.json"), Path("/sbu.json")]
+    for config in (one, several):
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+    with pytest.raises(UserError, match="'data.annotations' is 3; expected"):
+        load_config(file, ["data.annotations=3"])
+    with pytest.raises(UserError, match="'data.annotations' is 3; expected"):
+        load_config(file, ["data.annotations=[a.json, 3]"])

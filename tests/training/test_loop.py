@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.processes import ROOT, run_script, start_script
+from tests.shards import write_shards
 
 
 def run(config: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
@@ -161,6 +162,17 @@ def test_too_many_unreadable_images_stop_the_run_and_few_are_listed(run_config, 
         image.write_bytes(b"no image")
     line = refused(run_config, f"data.root={tmp_path / 'data'}", f"output={tmp_path / 'many'}")
     assert "data.max_unreadable" in line and "images/train" in line
+
+
+def test_a_run_from_shards_resumes_to_the_weights_of_an_uninterrupted_one(run_config, tmp_path):
+    """20 images, 8 a step: the first three steps end in the middle of the second epoch, all six in the third."""
+    write_shards(tmp_path / "cc", [7, 3, 6, 4])
+    shards = ["data.annotations=", f"data.root={tmp_path}", "data.shards=cc/{00000..00003}.tar", "data.num_workers=2"]
+    shared = [*shards, "training.decay=exponential"]
+    train(run_config, *shared, "training.steps=6", f"output={tmp_path / 'straight'}")
+    for steps in (3, 6):
+        train(run_config, *shared, f"training.steps={steps}", f"output={tmp_path / 'halved'}")
+    assert_same_weights(tmp_path / "straight", tmp_path / "halved")
 
 
 def test_a_store_of_another_backbone_and_a_damaged_checkpoint_are_refused(run_config, stores, tmp_path):

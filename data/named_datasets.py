@@ -1,0 +1,118 @@
+"""Flickr30k and COCO by name: their annotation files, image folders and published counts.
+
+    NAMED_DATASETS["flickr30k"].load("flickr30k", "test")     # 1,000 images, 5,000 captions, or a UserError
+
+Either family of annotations will do: Karpathy's one file of all splits, or BLIP's and ALBEF's one list a split. They
+hold the same images and captions; where both are there, Karpathy's is read. A split of another size is refused:
+recall depends on the size of the gallery, and has been published for the wrong one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from models.errors import UserError
+
+from .caption_datasets import CaptionDataset, load_annotations
+
+SPLITS = ("train", "val", "test")
+ANNOTATION_FOLDERS = ("", "annotations", "annotation", "caption_datasets")
+"""Where annotation files lie under the root: beside the images, in BLIP's folder, or as Karpathy's archive unpacks."""
+
+
+@dataclass(frozen=True)
+class NamedDataset:
+    """What is known about a public data set, under a folder `root` of the user's."""
+
+    title: str
+    karpathy_file: str
+    list_file: str
+    """BLIP's and ALBEF's file of one split, with {split} in its name."""
+    image_folders: tuple[str, ...]
+    """Folders under the root that image paths may start from: as the archives unpack, and as people rename them."""
+    sizes: dict[str, tuple[int, int]]
+    """Split -> images and captions. COCO's `train` includes restval."""
+    sources: tuple[tuple[str, str], ...]
+    """What is to be fetched, and where people get it."""
+
+    def annotations(self, root: str | Path, split: str) -> Path:
+        """The file with a split's captions. Raises UserError naming the files of both families if there is none."""
+        names = (self.karpathy_file, self.list_file.format(split=split))
+        for name in names:
+            for folder in ANNOTATION_FOLDERS:
+                file = Path(root) / folder / name
+                if file.is_file():
+                    return file
+        raise UserError(
+            f"{root}: neither {names[0]} (Karpathy) nor {names[1]} (BLIP, ALBEF) is in it; put one of them there; "
+            "scripts/prepare_data.py says where people get them"
+        )
+
+    def image_root(self, root: str | Path, dataset: CaptionDataset) -> Path:
+        """The folder that image paths start from: the one under which most of the first 100 images exist."""
+        first = dataset.image_ids[:100]
+        folders = [Path(root) / folder for folder in self.image_folders]
+        return max(folders, key=lambda folder: sum((folder / image_id).is_file() for image_id in first))
+
+    def load(self, root: str | Path, split: str, check_images: bool = True) -> CaptionDataset:
+        """One split, `train`, `val` or `test`, of the published size.
+
+        Raises UserError naming the file: absent, not readable, of another size, or images missing."""
+        if split not in self.sizes:
+            raise UserError(f"{self.title} has no split {split!r}; it has {', '.join(self.sizes)}")
+        file = self.annotations(root, split)
+        dataset = load_annotations(file, root, split)
+        self._check_size(dataset, split, file)
+        dataset = replace(dataset, root=self.image_root(root, dataset))
+        if check_images:
+            dataset.check_images(file)
+        return dataset
+
+    def _check_size(self, dataset: CaptionDataset, split: str, file: Path) -> None:
+        expected, found = self.sizes[split], (len(dataset), len(dataset.captions))
+        if found != expected:
+            raise UserError(
+                f"{file}: its {split} split has {found[0]:,} images and {found[1]:,} captions, {self.title}'s has "
+                f"{expected[0]:,} and {expected[1]:,}; recall on a set of another size is not comparable, so get the "
+                "published file (scripts/prepare_data.py says where), or pass it as --dataset FILE.json"
+            )
+
+
+_KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+_BLIP = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
+
+NAMED_DATASETS = {
+    "flickr30k": NamedDataset(
+        title="Flickr30k",
+        karpathy_file="dataset_flickr30k.json",
+        list_file="flickr30k_{split}.json",
+        # Karpathy's file names images without their folder, BLIP's lists with it.
+        image_folders=("flickr30k-images", "flickr30k_images", "images", ""),
+        sizes={"train": (29_000, 145_000), "val": (1_014, 5_070), "test": (1_000, 5_000)},
+        sources=(
+            ("dataset_flickr30k.json (Karpathy's splits, in caption_datasets.zip)", _KARPATHY),
+            ("or flickr30k_train.json, flickr30k_val.json, flickr30k_test.json (BLIP's lists)", _BLIP),
+            (
+                "flickr30k-images.tar.gz (31,783 images, by the request form)",
+                "https://shannon.cs.illinois.edu/DenotationGraph/",
+            ),
+        ),
+    ),
+    "coco": NamedDataset(
+        title="COCO",
+        karpathy_file="dataset_coco.json",
+        list_file="coco_karpathy_{split}.json",
+        # Both families name images as val2014/COCO_val2014_000000391895.jpg.
+        image_folders=("", "images", "coco-images", "coco_images"),
+        sizes={"train": (113_287, 566_747), "val": (5_000, 25_010), "test": (5_000, 25_010)},
+        sources=(
+            ("dataset_coco.json (Karpathy's splits, in caption_datasets.zip)", _KARPATHY),
+            ("or coco_karpathy_train.json, coco_karpathy_val.json, coco_karpathy_test.json (BLIP's lists)", _BLIP),
+            (
+                "train2014.zip and val2014.zip (2014 train and val images)",
+                "https://cocodataset.org/#download",
+            ),
+        ),
+    ),
+}
