@@ -113,6 +113,10 @@ class NegativesConfig:
     """Share of negatives that are random at the first step. Hard ones alone leave ITM at chance."""
     random_end: float = 0.15
     """Share of random negatives after the curriculum."""
+    store: str = ""
+    """Token store of another retriever, by whose similarities negatives are mined instead of the backbone's own."""
+    caption_store: str = ""
+    """Store of that retriever's caption embeddings; goes with `store`."""
     random_steps: int = 0
     """Steps over which the share goes from start to end, linearly. 0: random_end from the first step."""
 
@@ -125,6 +129,8 @@ class NegativesConfig:
             raise UserError(f"negatives.group_size is {self.group_size}; a group needs at least 2 members")
         if self.mode == "pairs" and self.per_positive < 1:
             raise UserError(f"negatives.per_positive is {self.per_positive}; it must be at least 1")
+        if bool(self.store) != bool(self.caption_store):
+            raise UserError("negatives.store and negatives.caption_store go together; set both or neither")
         if self.mode == "pairs" and self.pool == "dataset":
             raise UserError("negatives.pool is 'dataset', which only negatives.mode 'groups' has; use 'batch'")
 
@@ -260,9 +266,10 @@ class RunConfig:
                 f"negatives.per_positive is {self.negatives.per_positive}; it must be below "
                 f"training.batch_size / training.accumulation ({micro_batch}), the pool that it is drawn from"
             )
-        if self.negatives.pool == "dataset" and not self.data.store:
+        if self.negatives.pool == "dataset" and not (self.data.store or self.negatives.store):
             raise UserError(
-                "negatives.pool is 'dataset', which needs the embeddings of data.store; set it or use 'batch'"
+                "negatives.pool is 'dataset', which needs the embeddings of data.store or of negatives.store; set one "
+                "or use 'batch'"
             )
 
 

@@ -58,6 +58,9 @@ class StepInputs:
     """[B, B] bool over the rows of all ranks: caption i describes image j, so the pair is no negative."""
     random_share: float
     """Share of random negatives at this step of the curriculum."""
+    retriever_embeddings: tuple[Tensor, Tensor] | None = None
+    """Image and text embeddings of another retriever that negatives are mined by, [b, its width] each; None: by those
+    above."""
     aligning: bool = False
     """In the alignment stage, which leaves match logits, their negatives and their distillation out."""
 
@@ -81,6 +84,9 @@ class _Scope:
     tokens: Tensor
     captions: CaptionIds
     similarity: Tensor
+    """First-stage cosines, which a match logit may contain."""
+    mining: Tensor
+    """Similarities that negatives are mined by: the same, or another retriever's."""
     excluded: Tensor
     own: Tensor
 
@@ -121,10 +127,14 @@ class Objectives:
         if self.negatives.pool == "dataset":
             similarity = similarities(inputs.text_embeddings, inputs.image_embeddings)
             local = torch.arange(len(own), device=own.device)
-            return _Scope(tokens, inputs.captions, similarity, inputs.excluded[own][:, own], local)
+            return _Scope(tokens, inputs.captions, similarity, similarity, inputs.excluded[own][:, own], local)
         texts, images = (gather(x, self.ranks) for x in (inputs.text_embeddings, inputs.image_embeddings))
+        similarity = mining = similarities(texts, images)
+        if inputs.retriever_embeddings is not None:
+            images, texts = (gather(x, self.ranks) for x in inputs.retriever_embeddings)
+            mining = similarities(texts, images)
         captions = gather_captions(inputs.captions, self.ranks)
-        return _Scope(gather(tokens, self.ranks), captions, similarities(texts, images), inputs.excluded, own)
+        return _Scope(gather(tokens, self.ranks), captions, similarity, mining, inputs.excluded, own)
 
     def _match_losses(
         self, model: EDJE, inputs: StepInputs, tokens: Tensor
@@ -144,7 +154,7 @@ class Objectives:
         config = self.negatives
         draws = config.sampled or inputs.random_share > 0
         mined = mine_hard_negatives(
-            scope.similarity,
+            scope.mining,
             scope.excluded,
             config.per_positive,
             rows=scope.own,
@@ -168,7 +178,7 @@ class Objectives:
             # Every rank forms the same groups of the global batch and takes its share of them.
             number = int(inputs.rows[0]) // len(scope.excluded)
             stream = random_stream(self.seed, NEGATIVES, number)
-            groups = group_neighbours(scope.similarity, size, inputs.random_share, stream).to(scope.own.device)
+            groups = group_neighbours(scope.mining, size, inputs.random_share, stream).to(scope.own.device)
             share = len(groups) // self.ranks.size
             groups = groups[self.ranks.rank * share : (self.ranks.rank + 1) * share]
         excluded = scope.excluded[groups[:, :, None], groups[:, None, :]]

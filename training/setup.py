@@ -44,10 +44,21 @@ class Features:
     backbone: Backbone | None = None
     store: TokenStore | None = None
     caption_store: TokenStore | None = None
+    retriever: tuple[TokenStore, TokenStore] | None = None
+    """Stores of another model's image and caption embeddings, by which negatives are mined; None: by the backbone's."""
 
 
 def open_features(config: RunConfig, ranks: Ranks) -> Features:
     """Open the run's stores, or load its backbone where there are none (with stores no backbone is loaded at all)."""
+    features = _open_own_features(config, ranks)
+    if not config.negatives.store:
+        return features
+    retriever = TokenStore.open(config.negatives.store), TokenStore.open(config.negatives.caption_store)
+    retriever[1].check(backbone=retriever[0].manifest.backbone)
+    return replace(features, retriever=retriever)
+
+
+def _open_own_features(config: RunConfig, ranks: Ranks) -> Features:
     if not config.data.store:
         from models.backbone import Backbone  # open_clip takes seconds to import
 
@@ -218,11 +229,12 @@ def build_batches(
     neighbours = None
     if negatives.pool == "dataset":
         labels = _field_of_images(config, dataset) if negatives.within else None
+        images, captions = features.retriever or (features.store, features.caption_store)
         neighbours = nearest_images(
             keys,
             dataset,
-            features.store.gather_embeddings(dataset.image_ids),
-            features.caption_store.gather_embeddings(dataset.captions),
+            images.gather_embeddings(dataset.image_ids),
+            captions.gather_embeddings(dataset.captions),
             negatives.neighbours,
             labels,
         )

@@ -34,6 +34,11 @@ class StepReader:
     ):
         self.config, self.tokenizer, self.ranks = config, tokenizer, ranks
         self.batches, self.features, self.keys = batches, features, keys
+        # With groups from the data set, mining was done when they were laid out.
+        self.retriever = features.retriever if config.negatives.pool == "batch" else None
+        if self.retriever is not None:
+            dataset = batches.plan.dataset
+            self.retriever_rows = self.retriever[0].rows(dataset.image_ids), self.retriever[1].rows(dataset.captions)
         self.accumulation = config.training.accumulation
         first, last = first_step * self.accumulation, config.training.steps * self.accumulation
         self.stream: Iterator[Batch] = batches.read(first, last, config.data.num_workers)
@@ -58,6 +63,7 @@ class StepReader:
             patch_tokens=patches.to(device),
             image_embeddings=images.to(device),
             text_embeddings=texts.to(device),
+            retriever_embeddings=self._retriever_embeddings(batch),
             captions=self.tokenizer(raw).to(device),
             excluded=self.keys.true_pairs(captions.cpu(), image_numbers.cpu()).to(device),
             random_share=self.config.negatives.random_share(step),
@@ -71,6 +77,12 @@ class StepReader:
         backbone = self.features.backbone
         images = backbone.encode_images(batch.pixels.to(backbone.device))
         return images.patch_tokens, images.embedding, backbone.encode_texts(raw)
+
+    def _retriever_embeddings(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        if self.retriever is None:
+            return None
+        numbers = zip(self.retriever, self.retriever_rows, (batch.images, batch.captions), strict=True)
+        return tuple(store.gather_embedding_rows(rows[n.numpy()]).to(self.ranks.device) for store, rows, n in numbers)
 
     def _count_unreadable(self, batch: Batch) -> None:
         self.images_read += len(batch.rows)

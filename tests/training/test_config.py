@@ -56,6 +56,7 @@ def test_a_saved_config_loads_to_the_same(tmp_path):
         (["negatives.mode=groups", "negatives.pool=dataset"], ["needs", "data.store"]),
         (["objectives.distillation=1"], ["objectives.distillation is 1.0", "teacher"]),
         (["data.store=x"], ["data.caption_store"]),
+        (["negatives.caption_store=x"], ["negatives.store"]),
         (["training.lr"], ["expected key=value"]),
         (["model.adapter.kind=mean"], ["adapter.kind is 'mean'", "compression"]),
         (["model.adapter.query_std=-1"], ["adapter.query_std is -1.0", "above 0"]),

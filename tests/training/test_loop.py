@@ -94,18 +94,29 @@ NO_DROPOUT = ["model.encoder.hidden_dropout=0", "model.encoder.attention_dropout
     "variant",
     [
         ["negatives.per_positive=2", "negatives.random_end=0.3"],
+        ["negatives.store={0}", "negatives.caption_store={1}"],
         ["negatives.mode=groups", "negatives.group_size=4", "negatives.pool=batch"],
         ["negatives.mode=groups", "negatives.group_size=4", "negatives.pool=dataset", "training.accumulation=2"],
     ],
-    ids=["pairs", "groups", "dataset-groups"],
+    ids=["pairs", "retriever", "groups", "dataset-groups"],
 )
 def test_two_ranks_train_to_the_loss_curve_of_one_process(run_config, stores, tmp_path, variant):
     """Per-step losses of a real two-process gloo run, uneven numbers of masked words included."""
+    variant = [option.format(*stores) for option in variant]
     shared = [*stored(stores), *NO_DROPOUT, *variant, "training.steps=20", "training.batch_size=16"]
     train(run_config, *shared, f"output={tmp_path / 'one'}")
     train(run_config, *shared, f"output={tmp_path / 'two'}", ranks=2)
     for name in ("itm", "mlm", "itc", "text_recovery", "grad_norm"):
         assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), rel=1e-4), name
+
+
+def test_images_train_in_groups_that_another_retrievers_stores_form(run_config, stores, tmp_path):
+    """Here the retriever is the backbone itself, so the groups are those of its own stores."""
+    groups = ["negatives.mode=groups", "negatives.group_size=4", "negatives.pool=dataset", "training.steps=3"]
+    retriever = [f"negatives.store={stores[0]}", f"negatives.caption_store={stores[1]}"]
+    train(run_config, *groups, *retriever, f"output={tmp_path / 'images'}")
+    train(run_config, *groups, *stored(stores), f"output={tmp_path / 'stored'}")
+    assert losses(tmp_path / "images") == pytest.approx(losses(tmp_path / "stored"), rel=2e-3)
 
 
 def test_a_frozen_adapter_stays_bit_for_bit(run_config, stores, tmp_path):

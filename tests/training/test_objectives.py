@@ -158,6 +158,21 @@ def test_a_true_match_in_the_batch_changes_no_match_loss(tokenizer, mode):
     torch.testing.assert_close(losses.losses["itm"], torch.tensor(0.0), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("mode", ["pairs", "groups"])
+def test_another_retrievers_embeddings_choose_the_negatives_and_nothing_else(tokenizer, mode):
+    """As if they were the backbone's own without residual; with it, the logits keep the backbone's cosine."""
+    objectives = Objectives(ObjectivesConfig(mlm=0), NegativesConfig(mode=mode, group_size=3), 0, Ranks())
+    own, other = make_inputs(tokenizer, seed=0), make_inputs(tokenizer, seed=7)
+    mixed = replace(own, retriever_embeddings=(other.image_embeddings, other.text_embeddings))
+    swapped = replace(own, image_embeddings=other.image_embeddings, text_embeddings=other.text_embeddings)
+    for residual, same in ((0.0, True), (2.0, False)):
+        model = build(tokenizer, residual=residual)
+        itm = [objectives(model, inputs).losses["itm"].item() for inputs in (mixed, swapped, own)]
+        assert (itm[0] == itm[1]) == same and itm[0] != itm[2]
+        recovery = [objectives(model, inputs).losses["text_recovery"].item() for inputs in (mixed, own)]
+        assert recovery[0] == recovery[1]
+
+
 def test_only_objectives_with_a_weight_are_computed(tokenizer):
     config = ObjectivesConfig(itm=0, mlm=0.5, text_recovery=0)
     losses = Objectives(config, NegativesConfig(), 0, Ranks())(build(tokenizer), make_inputs(tokenizer))

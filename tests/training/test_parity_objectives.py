@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.caption_datasets import CaptionDataset
 from evaluation.gallery import Gallery
-from evaluation.metrics import recalls, right_answers
+from evaluation.metrics import RECALL_DEPTHS, recall_at_k, right_answers
 from evaluation.retrieval import first_stage, rerank_pools
 from models.published import our_name
 from models.ranks import Ranks
@@ -205,13 +205,14 @@ def test_retrieval_finds_the_same_pools_logits_and_recalls(retrieval, direction,
     images = torch.arange(len(gallery.dataset)).numpy()
     sides = (gallery.text_embeddings, gallery.image_embeddings), (gallery.dataset.caption_image, images)
     (queries, items), (query_image, item_image) = sides if direction == "t2i" else (side[::-1] for side in sides)
-    pools = first_stage(queries, items, depth=facts["k"])
+    pools = first_stage(queries, items, query_image, item_image, depth=facts["k"])
     assert torch.equal(pools.ids, tensors[f"{direction}_top_k"])
     logits = rerank_pools(model, gallery, pools, direction, facts["k"], Ranks(), pairs_per_batch=7)
     assert_close(logits, tensors[f"{direction}_logits"])
     reranked = pools.ids.gather(1, logits.argsort(dim=1, descending=True, stable=True))
     for ranking, column in ((pools.ids, "embedding"), (reranked, "reranked")):
-        found = recalls(right_answers(ranking.numpy(), query_image, item_image))
+        hits = right_answers(ranking.numpy(), query_image, item_image)
+        found = {f"R@{k}": recall_at_k(hits, k) for k in RECALL_DEPTHS}
         expected = {depth: 100 * share for depth, share in facts["recall"][name][column].items()}
         # Beyond the pool of 8 the origin adds nothing, and neither does a ranking that ends there.
         assert found == pytest.approx(expected)
