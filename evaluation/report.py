@@ -129,7 +129,7 @@ def _table(summary: dict[str, Any], best: str) -> str:
         sums = "".join(f'<td colspan="4" class="group">{part["rsum"][column]:.1f}</td>' for column in columns)
         rows.append(f'<tr><td>rSum</td>{sums}<td class="group" colspan="2"></td></tr>')
     return (
-        f'<h2>Recall</h2><p class="note">{escape(protocol([summary]))}</p>'
+        "<h2>Recall</h2>"
         f'<div class="scroll"><table><thead><tr><th></th>{top}<th class="group">gain, R@1</th>'
         f'<th class="group">pool</th></tr><tr><th></th>{depths}<th class="group">[95%]</th>'
         f'<th class="group">ceiling</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
