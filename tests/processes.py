@@ -37,6 +37,7 @@ def run_script(script: str, *arguments: str | Path) -> CompletedProcess:
 def _run(script: str, arguments: list[str], out: Path, err: Path) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    multiprocessing.set_start_method(None, force=True)  # the platform's own: it would be this server's for all below
     os.chdir("/")
     sys.argv = [str(ROOT / script), *arguments]
     sys.path[0] = str((ROOT / script).parent)  # what `python script` puts there, instead of the tests' paths
