@@ -10,7 +10,13 @@ from training.config import RunConfig, load_config, save_config
 
 CONFIGS = sorted(
     path
-    for folder in ("configs", "configs/ablations", "configs/demo_pretraining", "configs/emoji_pretraining")
+    for folder in (
+        "configs",
+        "configs/ablations",
+        "configs/demo_ablations",
+        "configs/demo_pretraining",
+        "configs/emoji_pretraining",
+    )
     for path in (Path(__file__).parents[2] / folder).glob("*.yaml")
 )
 
