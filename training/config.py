@@ -39,7 +39,8 @@ class ModelConfig:
     residual_similarity: float = 0.0
     """match logit = w * first-stage cosine + head, the head starting at zero and w at this value (the embedder's logit
     scale, e.g. 100 for CLIP): training starts at the embedding's ranking. 0, the paper's: the head alone. Worth it only
-    where the similarities on training images are no better than on others."""
+    where the similarities on training images are no better than on others. With init_from, a checkpoint that has it
+    keeps its weight; one without keeps its head, and starts from the sum."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,6 +177,7 @@ def _from_checkpoint(config: RunConfig, features: Features) -> EDJE:
         adapter=adapter,
         backbone=named.backbone,
         backbone_fingerprint=named.backbone_fingerprint,
+        residual_similarity=source.config.residual_similarity or named.residual_similarity,
         fusion_lambda=None,
     )
     source.encoder.extend_positions(model_config.max_caption_tokens + model_config.num_vision_tokens)
@@ -186,11 +187,11 @@ def _from_checkpoint(config: RunConfig, features: Features) -> EDJE:
         attention_dropout=config.model.encoder.attention_dropout,
     )
     model = EDJE(replace(model_config, encoder=encoder), source.tokenizer)
-    state = source.state_dict()
-    if not config.model.init_adapter:
-        state = {
-            name: fresh if name.startswith("adapter.") else state[name] for name, fresh in model.state_dict().items()
-        }
+    anew = () if config.model.init_adapter else ("adapter.",)
+    if not source.config.residual_similarity:
+        anew += ("similarity_log_weight",)
+    loaded = source.state_dict()
+    state = {name: own if name.startswith(anew) else loaded[name] for name, own in model.state_dict().items()}
     load_state(model, state, where=config.model.init_from)
     return model
 

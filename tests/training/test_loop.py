@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models.edje import EDJE
 from tests.processes import ROOT, run_script, start_script
 from tests.shards import write_shards
 
@@ -142,6 +143,24 @@ def test_a_local_model_trains_without_teacher_and_teaches_a_compressed_one(run_c
     assert len(losses(tmp_path / "student", "distillation")) == 3
     assert weights(tmp_path / "student")["adapter.query"].shape == (1, 2, 32)
     assert losses(tmp_path / "student", "val/t2i/reranked/R@10")  # a validation ran at the end
+
+
+def test_a_checkpoint_without_residual_similarity_starts_from_the_sum_and_one_with_it_keeps_its_weight(
+    run_config, stores, tmp_path
+):
+    """At a learning rate of 0: the weights are those that training starts from."""
+    still = [*stored(stores), "training.steps=1", "training.lr=0", "training.warmup_lr=0", "training.min_lr=0"]
+    train(run_config, *still, f"output={tmp_path / 'plain'}")
+    for name, start, weight in (("added", "plain", 20), ("kept", "added", 3)):
+        options = [f"model.init_from={tmp_path / start}", f"model.residual_similarity={weight}"]
+        train(run_config, *still, *options, f"output={tmp_path / name}")
+    plain, added, kept = (EDJE.from_pretrained(tmp_path / name) for name in ("plain", "added", "kept"))
+    assert [m.config.residual_similarity for m in (plain, added, kept)] == [0, 20, 20]
+    tokens, cosines = torch.randn(2, 4, 32), torch.tensor([0.1, 0.9])
+    logits = plain.score(["a red ball", "a cube"], tokens)
+    for model in (added, kept):
+        scores = model.score(["a red ball", "a cube"], tokens, cosines)
+        torch.testing.assert_close(scores, logits + 20 * cosines)
 
 
 def refused(config: Path, *overrides: str) -> str:
