@@ -2,7 +2,8 @@
 
 {"backbone": "ViT-L-16-SigLIP2-384", "pretrained": "webli", "adapter": "compression", "vision_tokens": 64,
  "bytes_per_image": 49152, "joint_encoder": "microsoft/MiniLM-L12-H384-uncased", "joint_layers": 12,
- "joint_width": 384, "joint_parameters": 33360000, "trained_on": ["pretrain_14m.json"], "setting": "zero-shot"}
+ "joint_width": 384, "joint_parameters": 33360000, "residual_similarity": 0.0, "trained_on": ["pretrain_14m.json"],
+ "setting": "zero-shot"}
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ def model_record(model: EDJE, run: Path, dataset: str, setting: str | None = Non
     """The entry `model` of results.json. run: the directory that the checkpoint belongs to; dataset: results.json's.
 
     pretrained is a tag, or the last part of a path, so that the file can be shared; bytes_per_image are those of
-    float16 tokens. joint_encoder, the weights that training started from, and trained_on, the annotation files, newest
-    first, are known from config.yaml of the run and of those that it started from: else "" and what is known. Where a
-    config is lost, none of the known files is of the data set and `setting` is not given, it is `unknown`."""
+    float16 tokens; residual_similarity is what the cosine weighs in the match logit. joint_encoder, the weights that
+    training started from, and trained_on, the annotation files, newest first, are known from config.yaml of the run and
+    of those that it started from: else "" and what is known. Where a config is lost, none of the known files is of the
+    data set and `setting` is not given, it is `unknown`."""
     config, runs = model.config, _run_configs(run)
     files = [Path(file).name for run in runs for file in _annotation_files(run)]
     if setting is None and benchmark_name(dataset) in map(benchmark_name, files):
@@ -44,6 +46,7 @@ def model_record(model: EDJE, run: Path, dataset: str, setting: str | None = Non
         "joint_layers": config.encoder.num_layers,
         "joint_width": width,
         "joint_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
+        "residual_similarity": model.similarity_weight,
         "trained_on": files,
         "setting": setting or "unknown",
     }

@@ -52,7 +52,10 @@ def protocol(summaries: Sequence[dict[str, Any]]) -> str:
     folds = first.get("folds", 1)
     if folds > 1:
         parts.append(f"{folds} folds of {first['images'] // folds:,} images, each its own gallery, figures averaged")
+    weights = dict.fromkeys(f"{summary.get('model', {}).get('residual_similarity', 0):.3g}" for summary in summaries)
     score = "EDJE by the match logit alone"
+    if set(weights) != {"0"}:
+        score += f", which contains the first stage's cosine, learned weight {', '.join(weights)}"
     if "fused" in columns_of(*summaries):
         chosen = dict.fromkeys(f"{summary['t2i']['fused']['lambda']:g}" for summary in summaries)
         score += f", or fused: match logit + λ × cosine, λ = {', '.join(chosen)} from validation"

@@ -115,6 +115,11 @@ class EDJE(nn.Module):
             raise UserError("this model adds the first-stage similarity to its logit; pass `similarities` [Q]")
         return logits + self.similarity_log_weight.float().exp() * similarities.float()
 
+    @property
+    def similarity_weight(self) -> float:
+        """What the first-stage cosine weighs in a match logit; 0 where it contains none."""
+        return self.similarity_log_weight.exp().item() if self.config.residual_similarity else 0.0
+
     @torch.inference_mode()
     def score(self, captions: list[str], tokens: Tensor, similarities: Tensor | None = None) -> Tensor:
         """Match logits (not probabilities) of B raw captions with B images: tokens [B, m, H] -> [B] float32."""

@@ -87,8 +87,11 @@ def required(where: dict[str, Any]) -> str:
 
 
 def belongs(result: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a results.json says all that is wanted. One that does not know its setting belongs to either."""
-    facts = {"folds": 1} | result | result.get("model", {}) | {"dataset": benchmark_name(result["dataset"])}
+    """Whether a results.json says all that is wanted. One that does not know its setting belongs to either; one whose
+    match logit contains the first stage's cosine to none, as the paper's do not."""
+    wanted = {"residual_similarity": 0} | wanted
+    facts = {"folds": 1, "residual_similarity": 0} | result | result.get("model", {})
+    facts["dataset"] = benchmark_name(result["dataset"])
     if facts.get("setting") == "unknown":
         facts["setting"] = wanted.get("setting")
     return all(facts.get(key) == value for key, value in wanted.items())
@@ -114,6 +117,8 @@ def model_title(result: dict[str, Any]) -> str:
         f"{backbone}, {kind}{model['vision_tokens']} tokens, {model['joint_layers']} layers of "
         f"{model['joint_width']}, k = {result['k']}"
     )
+    if model.get("residual_similarity"):
+        title += ", first stage's cosine in the match logit"
     return title + (", training data unknown" if model["setting"] == "unknown" else "")
 
 

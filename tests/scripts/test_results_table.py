@@ -31,6 +31,8 @@ def test_seeds_are_averaged_and_the_protocol_is_named():
     assert fused[2] == f"{statistics.mean(recalls):.1f} ± {statistics.stdev(recalls):.1f}"
     sums = [seed["rsum"]["fused"] for seed in seeds]
     assert fused[6] == f"{statistics.mean(sums):.1f} ± {statistics.stdev(sums):.1f}"
+    seeds[1]["model"]["residual_similarity"] = 41.63
+    assert "match logit alone, which contains the first stage's cosine, learned weight 0, 41.6" in table(seeds, False)
     del seeds[1]["rsum"]  # as evaluations wrote before
     older = cells(table(seeds, with_subsets=True))
     assert next(row for row in older if row[:2] == fused[:2])[6] == "–"
@@ -66,6 +68,7 @@ def result(reranked: float, **changed: Any) -> dict[str, Any]:
         "joint_layers": 12,
         "joint_width": 384,
         "joint_parameters": 33_360_000,
+        "residual_similarity": 0.0,
         "setting": "zero-shot",
     }
     for key, value in changed.items():
@@ -114,6 +117,7 @@ def test_ours_stand_below_the_papers_row_that_they_belong_to_and_elsewhere_are_d
         {"dataset": "data/dataset_coco.json"},
         {"pretrained": "openai"},
         {"joint_layers": 6},
+        {"residual_similarity": 50.0},
     ],
 )
 def test_a_result_of_another_protocol_or_model_is_in_no_row_and_named(tmp_path, changed):
