@@ -1,4 +1,4 @@
-"""Commands in the README, in configs' headers and in docstrings cannot rot: files exist, options and keys are taken."""
+"""Commands in README, docs, configs' headers and docstrings cannot rot: files exist, options and keys are taken."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,7 @@ from training.config import load_config
 ROOT = Path(__file__).parents[1]
 SOURCES = [
     ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "configs").rglob("*.yaml")),
     *sorted(ROOT.glob("scripts/*.*")),
     ROOT / "train.py",
