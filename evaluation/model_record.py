@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
+from data.named_datasets import NAMED_DATASETS
 from models.checkpoint import CONFIG_FILE
 from models.edje import EDJE
 
-BENCHMARKS = ("flickr30k", "coco")
 SETTINGS = ("zero-shot", "fine-tuned")
 """Trained on no file of the evaluated data set, or on one."""
 
@@ -30,10 +30,10 @@ def model_record(model: EDJE, run: Path, dataset: str, setting: str | None = Non
     of those that it started from: else "" and what is known. Where a config is lost, none of the known files is of the
     data set and `setting` is not given, it is `unknown`."""
     config, runs = model.config, _run_configs(run)
-    files = [Path(file).name for run in runs for file in _annotation_files(run)]
+    files = [Path(file).name for run in runs for file in annotation_files(run)]
     if setting is None and benchmark_name(dataset) in map(benchmark_name, files):
         setting = "fine-tuned"
-    elif setting is None and all(map(_annotation_files, runs)):
+    elif setting is None and all(map(annotation_files, runs)):
         setting = "zero-shot"
     width = config.encoder.hidden_size
     return {
@@ -55,7 +55,7 @@ def model_record(model: EDJE, run: Path, dataset: str, setting: str | None = Non
 def benchmark_name(dataset: str) -> str:
     """`flickr30k` or `coco` where a data set's name or file says so, else the file's name."""
     name = Path(dataset).name
-    return next((benchmark for benchmark in BENCHMARKS if benchmark in name), name)
+    return next((known for known in NAMED_DATASETS if known in name), name)
 
 
 def run_directory(given: str | Path, checkpoint: Path) -> Path:
@@ -85,7 +85,8 @@ def _run_configs(run: Path) -> list[dict[str, Any]]:
     return configs
 
 
-def _annotation_files(config: dict[str, Any]) -> list[str]:
+def annotation_files(config: dict[str, Any]) -> list[str]:
+    """The files that a run's config.yaml names to train on, one or a list; none where it reads shards."""
     named = _section(config, "data").get("annotations") or []
     return [named] if isinstance(named, str) else named
 

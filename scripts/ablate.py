@@ -22,19 +22,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.charts import Point, scatter_charts
-from evaluation.output import aligned, mean_text
+from evaluation.output import DIRECTION_TITLES, aligned, columns_of, mean_text
 from models.checkpoint import replace_text
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
 
 ROOT = Path(__file__).resolve().parents[1]
-BYTES_PER_VALUE = 2
-"""Tokens are stored in float16."""
-DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
 
 
 def run(config: Path, seed: int, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Train and evaluate one config with one seed, unless its results are there. Returns one measurement."""
+    """Train and evaluate one config with one seed, unless its results are there. Returns results.json."""
     results = folder / "results.json"
     if not results.is_file():
         train = ["train.py", "--config", str(config), f"output={folder}", f"seed={seed}", *overrides]
@@ -43,23 +40,20 @@ def run(config: Path, seed: int, folder: Path, overrides: Sequence[str]) -> dict
             status = subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode
             if status:
                 raise UserError(f"{config}: {command[0]} ended with exit status {status}; what it said stands above")
-    found = json.loads(results.read_text())
-    return {"seed": seed, **{d: found[d] for d in DIRECTIONS}, "pairs_per_second": found["pairs_per_second"]}
+    return json.loads(results.read_text())
 
 
-def describe(config: Path, folder: Path, k: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def describe(config: Path, folder: Path, seeds: Sequence[int], runs: list[dict[str, Any]]) -> dict[str, Any]:
     """A config's entry in ablations.json: what it stores and costs, and R@1 of every seed."""
-    model = EDJE.from_pretrained(folder)
-    tokens, width = model.config.num_vision_tokens, model.config.encoder.hidden_size
-    columns = [c for c in ("reranked", "fused") if all(c in r[d] for r in runs for d in DIRECTIONS)]
+    model, k = runs[0]["model"], runs[0]["k"]
     return {
         "name": config.stem,
-        "vision_tokens": tokens,
-        "bytes_per_image": tokens * width * BYTES_PER_VALUE,
-        "trained_parameters": sum(p.numel() for p in model.parameters()),
+        "vision_tokens": model["vision_tokens"],
+        "bytes_per_image": model["bytes_per_image"],
+        "trained_parameters": sum(p.numel() for p in EDJE.from_pretrained(folder).parameters()),
         "milliseconds_per_query": 1000 * k / statistics.median(r["pairs_per_second"] for r in runs),
-        "seeds": [r["seed"] for r in runs],
-        "R@1": {d: {c: [r[d][c]["R@1"] for r in runs] for c in ("embedding", *columns)} for d in DIRECTIONS},
+        "seeds": list(seeds),
+        "R@1": {d: {c: [r[d][c]["R@1"] for r in runs] for c in columns_of(*runs)} for d in DIRECTION_TITLES},
     }
 
 
@@ -75,15 +69,17 @@ def difference(values: list[float], base: list[float]) -> str:
 def table(entries: list[dict[str, Any]]) -> str:
     """Markdown, a row a config. R@1 in percent, by the match logit alone and fused: mean ± deviation over seeds."""
     first = entries[0]
-    columns = [c for c in ("reranked", "fused") if all(c in e["R@1"]["t2i"] for e in entries)]
     names = {"reranked": "logit", "fused": "fused"}
+    columns = [c for c in columns_of(*(entry["R@1"] for entry in entries)) if c in names]
     header = ["config", "m", "bytes an image", "ms a query", "seeds"]
-    header += [f"{d.upper()} {names[c]}" for d in DIRECTIONS for c in columns] + [f"against {first['name']}, T2I logit"]
+    header += [f"{d.upper()} {names[c]}" for d in DIRECTION_TITLES for c in columns] + [
+        f"against {first['name']}, T2I logit"
+    ]
     rows = [header]
     for entry in entries:
         cells = [entry["name"], str(entry["vision_tokens"]), f"{entry['bytes_per_image']:,}"]
         cells += [f"{entry['milliseconds_per_query']:.1f}", str(len(entry["seeds"]))]
-        cells += [mean_text(entry["R@1"][d][c]) for d in DIRECTIONS for c in columns]
+        cells += [mean_text(entry["R@1"][d][c]) for d in DIRECTION_TITLES for c in columns]
         values, base = entry["R@1"]["t2i"]["reranked"], first["R@1"]["t2i"]["reranked"]
         cells.append("" if entry is first else difference(values, base))
         rows.append(cells)
@@ -121,8 +117,7 @@ def main() -> None:
     for config in configs:
         folders = {seed: arguments.out / config.stem / f"seed{seed}" for seed in arguments.seeds}
         runs = [run(config, seed, folder, overrides) for seed, folder in folders.items()]
-        results = json.loads((folders[arguments.seeds[0]] / "results.json").read_text())
-        entries.append(describe(config, folders[arguments.seeds[0]], results["k"], runs))
+        entries.append(describe(config, folders[arguments.seeds[0]], arguments.seeds, runs))
         replace_text(arguments.out / "ablations.json", json.dumps(entries, indent=1) + "\n")
     replace_text(arguments.out / "ablations.svg", plot(entries))
     replace_text(arguments.out / "ablations.md", table(entries) + "\n")

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.evaluate_retrieval import run_directory
-from models.checkpoint import CONFIG_FILE, half_precision, read_checkpoint, resolve_checkpoint, write_checkpoint
+from evaluation.model_record import annotation_files, read_run_config, run_directory
+from models.checkpoint import half_precision, read_checkpoint, resolve_checkpoint, write_checkpoint
 from models.errors import UserError, run_entry_point
 from models.hub import upload_checkpoint
 from models.model_card import model_card
@@ -84,14 +83,10 @@ def _measured(files: Sequence[Path], checkpoint: Path) -> list[str]:
 
 def _origin(run: Path) -> dict[str, list[str]]:
     """Data and language model of the run's configuration, as far as they have names that others know."""
-    try:
-        config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        return {}
-    annotations = (config.get("data") or {}).get("annotations")
+    config = read_run_config(run)
     weights = (config.get("model") or {}).get("encoder_weights") or ""
     return {
-        "datasets": [Path(annotations).stem] if annotations else [],
+        "datasets": [Path(file).stem for file in annotation_files(config)],
         "base_models": [weights] if re.fullmatch(r"[\w.-]+/[\w.-]+", weights) and not Path(weights).exists() else [],
     }
 

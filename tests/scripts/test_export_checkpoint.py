@@ -67,6 +67,10 @@ def test_the_card_has_the_runs_figures_of_this_checkpoint_and_no_other(tmp_path,
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["datasets"], front["base_model"]) == (["coco_train"], ["microsoft/MiniLM-L12"])
     assert front["metrics"] == ["recall"]
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"annotations": ["lists/cc3m.json", "lists/sbu.json"]}}))
+    export_checkpoint(run, tmp_path / "from_lists")
+    front = yaml.safe_load((tmp_path / "from_lists" / CARD_FILE).read_text().split("---\n")[1])
+    assert front["datasets"] == ["cc3m", "sbu"]
 
 
 def test_without_results_the_card_says_so_and_results_of_another_checkpoint_are_refused(tmp_path, run):
