@@ -6,6 +6,8 @@ Any Karpathy file:        python evaluation/evaluate_retrieval.py --checkpoint r
 Eight GPUs:               torchrun --nproc_per_node=8 evaluation/evaluate_retrieval.py --checkpoint runs/coco \\
                               --dataset flickr30k --data-root flickr30k
 COCO 5-fold 1k:           the same with --dataset coco --data-root coco --folds 5
+A checkpoint on the Hub:  python evaluation/evaluate_retrieval.py --checkpoint OWNER/NAME --dataset coco \\
+                              --data-root coco --out runs/coco-of-name
 
 Writes results.json, results.md, report.html, rankings.npz, and TREC run files with qrels (evaluation/trec.py). The
 rankings do not depend on the number of processes.
@@ -33,9 +35,10 @@ from evaluation.output import markdown_table, protocol, results_json, write_resu
 from evaluation.report import write_report
 from evaluation.results import Results, choose_lambda
 from evaluation.retrieval import check_pool, evaluate
-from models.checkpoint import CONFIG_FILE, resolve_checkpoint, write_config
+from models.checkpoint import CONFIG_FILE, write_config
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
+from models.hub import locate_checkpoint
 from models.precision import dtype_name, fastest_dtype
 from models.ranks import Ranks, process_group
 from models.token_store import TokenStore
@@ -74,7 +77,10 @@ class Source:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint directory, or a run (its latest checkpoint)")
+    parser.add_argument(
+        "--checkpoint", required=True, help="directory, run (its latest checkpoint), or OWNER/NAME on the Hub"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit, of a checkpoint on the Hub")
     parser.add_argument("--dataset", help="flickr30k, coco, or an annotation file; default: the run's own data")
     parser.add_argument("--data-root", help="folder that the annotations' image paths start from")
     parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
@@ -117,19 +123,24 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     logging.getLogger("open_clip").setLevel(logging.ERROR)
     with process_group(arguments.device) as ranks:
-        checkpoint = resolve_checkpoint(arguments.checkpoint)
+        with ranks.main_first():
+            checkpoint = locate_checkpoint(arguments.checkpoint, arguments.revision)
+        own = Path(arguments.checkpoint).exists()  # else in the cache of what was fetched, where nothing is written
+        if not own and not arguments.out:
+            raise UserError(f"{arguments.checkpoint}: a checkpoint of the Hub has no place for results; pass --out DIR")
         source = find_source(arguments, checkpoint)
         dataset = source.load(arguments.split)
         check_pool(arguments.k, dataset, arguments.folds)
         coco_ids = find_coco_ids(arguments, source, dataset, ranks)
         evaluator = Evaluator.load(arguments, checkpoint, source, ranks)
         if arguments.lambda_split:
-            evaluator.fit_lambda(source.load(arguments.lambda_split), checkpoint)
+            evaluator.fit_lambda(source.load(arguments.lambda_split), checkpoint if own else None)
         results = evaluator.evaluate(dataset, arguments.folds, depth=DEPTH if coco_ids else 0)
         if ranks.is_main:
             run = run_directory(arguments.checkpoint, checkpoint)
             model = model_record(evaluator.model, run, source.name, arguments.setting)
-            summary = results_json(results, str(checkpoint), source.name, arguments.split, model)
+            name = str(checkpoint) if own else "@".join(filter(None, (arguments.checkpoint, arguments.revision)))
+            summary = results_json(results, name, source.name, arguments.split, model)
             if coco_ids:
                 add_extended_figures(summary, results, coco_ids)
             write_outputs(arguments, checkpoint, source, dataset, results, summary)
@@ -183,12 +194,14 @@ class Evaluator:
             depth=depth,
         )
 
-    def fit_lambda(self, validation: CaptionDataset, checkpoint: Path) -> None:
-        """Choose the fused score's lambda on a validation split, use it, and save it in the checkpoint."""
+    def fit_lambda(self, validation: CaptionDataset, checkpoint: Path | None) -> None:
+        """Choose the fused score's lambda on a validation split, use it, and save it in `checkpoint` if given."""
         check_pool(self.k, validation)
         chosen = choose_lambda(self.evaluate(validation))
         self.model.config = replace(self.model.config, fusion_lambda=chosen)
-        if self.ranks.is_main:
+        if self.ranks.is_main and checkpoint is None:
+            print(f"lambda {chosen:g}, for these results only")
+        elif self.ranks.is_main:
             write_config(checkpoint, self.model.config)
             print(f"lambda {chosen:g}, saved in {checkpoint / CONFIG_FILE}")
 

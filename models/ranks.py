@@ -28,6 +28,15 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The body on the main rank, then on the others, who find what it wrote or fetched for all of them."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
     def gather_objects(self, value: Any) -> list[Any]:
         """One picklable value from every rank, in order of rank, on every rank."""
         if self.size == 1:

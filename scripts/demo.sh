@@ -21,9 +21,12 @@ for argument in "$@"; do
 done
 # Weights fit one embedder: with a new one they are made anew, whatever else was asked for.
 if [ "$embedder" = "$shared/embedder" ]; then pretrained=$shared/pretrained-own-embedder; fi
-tokens=$shared/tokens-$(basename "$embedder")
+tokens=$shared/tokens-$(basename "$embedder") captions=captions more_captions=()
+if [ "$pretrained" != configs/pretrained/scenes ]; then  # a stage of the pretraining reads captions of single objects too
+    captions=captions-regions more_captions=(--more-captions "$scenes/dataset_scenes_regions.json")
+fi
 features=(backbone.pretrained="$embedder" data.root="$scenes" data.store="$tokens/images" \
-    data.caption_store="$tokens/captions")
+    data.caption_store="$tokens/$captions")
 
 echo "== 1/5 data: rendered scenes with five captions each"
 "$python" -m data.scenes --out "$scenes" ${SCENES:-}
@@ -36,8 +39,7 @@ else
 fi
 echo "== 3/5 patch tokens and caption embeddings, computed once"
 "$python" scripts/precompute_tokens.py --backbone-pretrained "$embedder" --batch-size 128 \
-    --images "$scenes/dataset_scenes.json" --out "$tokens/images" --captions "$tokens/captions" \
-    --more-captions "$scenes/dataset_scenes_regions.json"
+    --images "$scenes/dataset_scenes.json" --out "$tokens/images" --captions "$tokens/$captions" "${more_captions[@]}"
 if [ "$pretrained" = configs/pretrained/scenes ]; then
     echo "== 4/5 ITM from $pretrained (pretrained on the same training scenes by configs/demo_pretraining)"
 else

@@ -6,25 +6,32 @@ Patch tokens of a data set and the embeddings of its captions, to train from (da
     python scripts/precompute_tokens.py --backbone-name ViT-B-16-quickgelu --backbone-pretrained openai \\
         --images dataset_flickr30k.json --root flickr30k-images --out runs/patches --captions runs/captions
 
-Ids are paths relative to the folder or root. A killed run continues with the same command: shards that are finished
-stay, and the manifest, written last, makes the store readable.
+Images in WebDataset shards, as img2dataset writes them:
+    python scripts/precompute_tokens.py --checkpoint runs/demo --shards "cc12m/{00000..01242}.tar" --out cc12m.store
+
+Ids are paths relative to the folder or root, those of shards SHARD/MEMBER. A killed run continues with the same
+command: shards of the store that are finished stay, and the manifest, written last, makes it readable.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.caption_datasets import load_annotations
+from PIL import Image
+
+from data.caption_datasets import CaptionDataset, load_annotations
+from data.webdataset_shards import load_shards
 from models.backbone import Backbone
 from models.config import BackboneConfig
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
-from models.indexing import find_images, precompute, precompute_captions, unreadable_images
+from models.indexing import ImageSource, find_images, precompute, precompute_captions, unreadable_images
 from models.ranks import Ranks, process_group
 from models.store_format import DTYPES
 from models.token_store import TokenStore
@@ -32,14 +39,41 @@ from models.token_store import TokenStore
 
 @dataclass
 class Items:
-    """What is to be encoded: N image files under N ids, and the captions of an annotation file."""
+    """What is to be encoded: N images under N ids, and the captions of an annotation file or of shards."""
 
-    paths: list[Path]
+    images: Sequence[ImageSource]
     ids: list[str]
     captions: list[str]
 
 
-def read_items(images: Path, root: Path | None, split: str | None) -> Items:
+@dataclass(frozen=True)
+class DecodedImages(Sequence[Image.Image]):
+    """Images of a data set that have no files of their own, read when asked for."""
+
+    dataset: CaptionDataset
+    rows: Sequence[int]
+    """Numbers of the images in the data set."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        return self.dataset.open_image(self.rows[i])
+
+
+def read_items(args: argparse.Namespace, ranks: Ranks) -> Items:
+    """What --images or --shards names."""
+    if args.images is not None:
+        return read_image_files(args.images, args.root, args.split)
+    if args.split is not None:
+        raise UserError(f"--split {args.split}: shards have no splits; name those of the split")
+    index = args.index or args.out.with_name(f"{args.out.name}.index")
+    with ranks.main_first():
+        dataset = load_shards(args.shards, args.root or Path(), index, args.workers)
+    return Items(DecodedImages(dataset, range(len(dataset))), list(dataset.image_ids), list(dataset.captions))
+
+
+def read_image_files(images: Path, root: Path | None, split: str | None) -> Items:
     """Images of a folder, of an annotation file (.json), or of a text file with one path a line.
 
     `root` is what the file's paths are relative to, by default the folder that it lies in."""
@@ -68,12 +102,16 @@ def _read_lines(file: Path) -> list[str]:
 
 def leave_out_unreadable(items: Items, ranks: Ranks, num_workers: int) -> None:
     """Decode every image once and drop, by name, those that cannot be read."""
-    bad = unreadable_images(items.paths, ranks, num_workers)
+    bad = unreadable_images(items.images, ranks, num_workers)
     if ranks.is_main:
         for reason in bad.values():
             print(f"left out: {reason}", file=sys.stderr)
     kept = [i for i in range(len(items.ids)) if i not in bad]
-    items.paths, items.ids = [items.paths[i] for i in kept], [items.ids[i] for i in kept]
+    items.ids = [items.ids[i] for i in kept]
+    if isinstance(items.images, DecodedImages):
+        items.images = DecodedImages(items.images.dataset, kept)
+    else:
+        items.images = [items.images[i] for i in kept]
 
 
 def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Backbone, EDJE | None]:
@@ -98,18 +136,18 @@ def describe(store: TokenStore, what: str) -> str:
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
-    items = read_items(args.images, args.root, args.split)
+    items = read_items(args, ranks)
     if args.more_captions and args.captions is None:
         raise UserError("--more-captions: there is no store for them; pass --captions STORE or leave it out")
     if args.captions is not None and not items.captions:
-        raise UserError(f"--captions {args.captions}: {args.images} has no captions; pass an annotation file (.json)")
+        raise UserError(f"--captions {args.captions}: {args.images} has no captions; pass an annotation file or shards")
     for file in args.more_captions:
         items.captions += load_annotations(file, args.root or file.parent, args.split).captions
     backbone, model = load_models(args, ranks)
     if args.skip_unreadable:
         leave_out_unreadable(items, ranks, args.workers)
     options = dict(ranks=ranks, dtype=args.dtype, batch_size=args.batch_size, num_workers=args.workers)
-    stores = [(precompute(args.out, items.paths, items.ids, backbone, model, **options), "images")]
+    stores = [(precompute(args.out, items.images, items.ids, backbone, model, **options), "images")]
     if args.captions is not None:
         stores.append((precompute_captions(args.captions, items.captions, backbone, ranks=ranks), "captions"))
     if ranks.is_main:
@@ -126,8 +164,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--token-pretrained", default="", help="its timm tag, .safetensors file or directory")
     parser.add_argument("--token-stages", type=int, nargs="+", default=[], help="convolutional towers, e.g. 2 3 4")
     parser.add_argument("--token-grid", type=int, default=0, help="convolutional towers: side of the token grid")
-    parser.add_argument("--images", type=Path, required=True, help="folder, annotation file (.json) or list of paths")
-    parser.add_argument("--root", type=Path, help="folder that a file's paths are relative to (default: the file's)")
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--images", type=Path, help="folder, annotation file (.json) or list of paths")
+    images.add_argument("--shards", nargs="+", metavar="PATTERN", help="WebDataset shards; {00..10}, {a,b}, * expand")
+    parser.add_argument("--index", type=Path, metavar="DIR", help="where the shards' index is kept (STORE.index)")
+    parser.add_argument(
+        "--root", type=Path, help="folder that a file's paths (default: the file's) or shards (.) are relative to"
+    )
     parser.add_argument("--split", help="of an annotation file; default: all splits")
     parser.add_argument("--out", type=Path, required=True, metavar="STORE", help="directory of the token store")
     parser.add_argument("--captions", type=Path, metavar="STORE", help="also store the captions' embeddings there")

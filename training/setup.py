@@ -6,6 +6,7 @@ Letters: P patch tokens, Dv patch width, De embedding width.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -79,17 +80,12 @@ def load_training_split(config: RunConfig, ranks: Ranks) -> CaptionDataset:
     data = config.data
     if not data.root or not (data.annotation_files or data.shards):
         raise UserError("data.root and data.annotations are needed; e.g. data.root=DIR on the command line")
-    cached = bool(data.cache or data.shards)
-    if cached and not ranks.is_main:
-        ranks.barrier()  # the main rank writes the cache, the others map it
     if data.shards:
         cache = data.cache or Path(config.output) / "cache"
-        dataset = load_shards(data.shards, data.root, cache, data.num_workers)
-    else:
-        dataset = load_annotations(data.annotation_files, data.root, data.train_split, cache=data.cache or None)
-    if cached and ranks.is_main:
-        ranks.barrier()
-    return dataset
+        with ranks.main_first():
+            return load_shards(data.shards, data.root, cache, data.num_workers)
+    with ranks.main_first() if data.cache else nullcontext():
+        return load_annotations(data.annotation_files, data.root, data.train_split, cache=data.cache or None)
 
 
 def load_validation_split(config: RunConfig) -> CaptionDataset | None:

@@ -1,5 +1,6 @@
 """Checkpoints by name: uploaded in one commit, fetched again, against a local server with the Hub's endpoints."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from data.scenes import write_scenes
+from evaluation import evaluate_retrieval
 from models.backbone import Backbone
 from models.checkpoint import CARD_FILE, CHECKPOINT_FILES, write_latest
 from models.config import BackboneConfig
@@ -77,6 +80,22 @@ def test_a_reranker_loads_by_name_and_ranks(hub, model, tmp_path):
     reranker = Reranker.from_pretrained("owner/tiny", dtype="float32")
     images = [tmp_path / "images" / name for name in write_images(tmp_path / "images", 3)]
     assert len(reranker.rank("a red ball", images)) == 3
+
+
+def test_a_checkpoint_is_evaluated_by_its_name_and_nothing_is_written_beside_it(hub, model, tmp_path, capsys):
+    model.push_to_hub("owner/tiny", revision="v1")
+    write_scenes(tmp_path / "scenes", num_train=4, num_val=4, num_test=4, seed=3)
+    arguments = ["--checkpoint", "owner/tiny", "--revision", "v1", "--dataset", "scenes/dataset_scenes.json"]
+    arguments += ["--data-root", "scenes", "--k", "3", "--precision", "float32", "--device", "cpu"]
+    with pytest.raises(UserError, match="owner/tiny: a checkpoint of the Hub has no place for results"):
+        evaluate_retrieval.main(arguments)
+    fetched = {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    evaluate_retrieval.main([*arguments, "--lambda-split", "val", "--out", "results"])
+    assert "for these results only" in capsys.readouterr().out
+    results = json.loads(Path("results/results.json").read_text())
+    assert (results["checkpoint"], results["images"]) == ("owner/tiny@v1", 4)
+    assert results["model"]["setting"] == "unknown" and not Path("owner").exists()
+    assert {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file()} == fetched
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, model):

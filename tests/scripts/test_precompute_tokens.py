@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from models.errors import UserError
 from models.images import open_image
 from models.indexing import precompute, precompute_captions
 from models.token_store import TokenStore
-from scripts.precompute_tokens import read_items
+from scripts.precompute_tokens import read_image_files
 from tests.processes import ROOT, run_script
+from tests.shards import sample, write_shards, write_tar
 from tests.tiny_model import CAPTIONS, make_model, write_backbone, write_images
 
 SCRIPT = "scripts/precompute_tokens.py"
@@ -149,11 +151,11 @@ def test_patch_tokens_and_captions_of_an_annotation_file(files, backbone, tmp_pa
 
 
 def test_images_come_from_a_folder_an_annotation_file_or_a_list(files, tmp_path):
-    folder = read_items(files / "images", None, None)
-    assert folder.ids == paths_and_ids(files, 150)[1] and all(path.is_file() for path in folder.paths)
-    assert read_items(files / "annotations.json", files / "images", None).ids == folder.ids[:12]
-    assert read_items(files / "annotations.json", files / "images", "val").ids == folder.ids[1:12:3]
-    assert read_items(files / "list.txt", files / "images", None).ids == folder.ids[:5]
+    folder = read_image_files(files / "images", None, None)
+    assert folder.ids == paths_and_ids(files, 150)[1] and all(path.is_file() for path in folder.images)
+    assert read_image_files(files / "annotations.json", files / "images", None).ids == folder.ids[:12]
+    assert read_image_files(files / "annotations.json", files / "images", "val").ids == folder.ids[1:12:3]
+    assert read_image_files(files / "list.txt", files / "images", None).ids == folder.ids[:5]
     for images, split, message in [
         (files / "nothing.txt", None, "nothing.txt: cannot be read as a list of images"),
         (files / "vocab", None, "cannot be read"),
@@ -162,7 +164,33 @@ def test_images_come_from_a_folder_an_annotation_file_or_a_list(files, tmp_path)
         (tmp_path, None, "no images in it"),
     ]:
         with pytest.raises(UserError, match=message):
-            read_items(images, None, split)
+            read_image_files(images, None, split)
+
+
+def test_images_of_shards_are_stored_as_files_would_be(files, tmp_path):
+    write_shards(tmp_path / "shards", [40, 30])
+    command = ["--backbone-pretrained", files / "backbone", "--shards", "{00000..00001}.tar", "--root"]
+    out = ["--out", tmp_path / "s", "--captions", tmp_path / "captions"]
+    done = run(*command, tmp_path / "shards", *out, torchrun=2)
+    assert done.returncode == 0, done.stderr
+    for file in (tmp_path / "shards").glob("*.tar"):
+        with tarfile.open(file) as tar:
+            tar.extractall(tmp_path / "unpacked" / file.name, filter="data")
+    done = run("--backbone-pretrained", files / "backbone", "--images", tmp_path / "unpacked", "--out", tmp_path / "f")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "s") == contents(tmp_path / "f")
+    assert len(TokenStore.open(tmp_path / "captions")) == 70
+    refused = run(*command, tmp_path / "shards", *out, "--split", "val")
+    assert refused.returncode == 2 and "shards have no splits" in refused.stderr
+
+
+def test_an_unreadable_image_of_a_shard_is_left_out_when_asked(files, tmp_path):
+    broken = [(name, b"no image" if name.endswith("jpg") else content) for name, content in sample(1)]
+    write_tar(tmp_path / "0.tar", [*sample(0), *broken, *sample(2)])
+    command = ["--checkpoint", files / "checkpoint", "--shards", tmp_path / "0.tar", "--out", tmp_path / "s"]
+    done = run(*command, "--skip-unreadable")
+    assert done.returncode == 0 and f"left out: {tmp_path / '0.tar'}: member 000000001.jpg" in done.stderr
+    assert TokenStore.open(tmp_path / "s").ids == ["0.tar/000000000.jpg", "0.tar/000000002.jpg"]
 
 
 def test_unreadable_images_end_the_run_after_the_rest_was_stored(files, backbone, tmp_path):
