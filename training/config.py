@@ -156,6 +156,12 @@ class ObjectivesConfig:
     text_recovery: float = 1.0
     itc: float = 0.0
     """Image-text contrast between a vision-only and a text-only pass."""
+    altered_captions: float = 0.0
+    """An image's own caption against the same caption made false in a word or two (training/altered_captions.py)."""
+    altered_words: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    """For altered_captions: groups of meanings that exclude one another, each the words that say it, such as
+    [[[left], [right]], [[above, over], [below, under]]]. Words of different meanings in a caption change places, or one
+    becomes a word of another meaning; of each caption, the words of one group that occurs in it."""
     align_steps: int = 0
     """First steps without ITM and distillation: an alignment stage, by contrast and MLM, where ITM stays at chance."""
     distillation: float = 0.0
@@ -167,6 +173,11 @@ class ObjectivesConfig:
             raise UserError(
                 f"objectives.align_steps is {self.align_steps}, but itc, mlm and text_recovery are all 0: "
                 "nothing would be trained in these steps"
+            )
+        if bool(self.altered_words) != (self.altered_captions > 0):
+            raise UserError(
+                f"objectives.altered_captions is {self.altered_captions} and objectives.altered_words "
+                f"{list(self.altered_words)}; words go with a weight above 0, and no words with 0"
             )
         if bool(self.teacher) != (self.distillation > 0):
             raise UserError(

@@ -48,6 +48,11 @@ def group_itm_loss(logits: Tensor, excluded: Tensor) -> Tensor:
     return (by_image + by_caption) / 2
 
 
+def altered_captions_loss(positive: Tensor, altered: Tensor) -> Tensor:
+    """Cross-entropy of each image's own caption against the same caption altered, [n] logits each; sum over rows."""
+    return F.softplus(altered - positive).sum()
+
+
 def distillation_loss(student: PairLogits, teacher: PairLogits, images_valid: Tensor, captions_valid: Tensor) -> Tensor:
     """Binary cross-entropy of student logits with the sigmoid of the teacher's, for the same pairs.
 

@@ -21,14 +21,15 @@ from torch.nn import functional as F
 from data.batches import random_stream
 from models.captions import CaptionIds, CaptionTokenizer
 from models.edje import EDJE
-from models.errors import UserError
 from models.ranks import Ranks
 
+from .altered_captions import CaptionAlterer, whole_words
 from .config import NegativesConfig, ObjectivesConfig
 from .distributed import gather, gather_captions, global_sum
 from .hard_negatives import HardNegatives, group_neighbours, mine_hard_negatives
 from .losses import (
     PairLogits,
+    altered_captions_loss,
     contrastive_loss,
     distillation_loss,
     group_distillation_loss,
@@ -38,7 +39,7 @@ from .losses import (
     text_recovery_loss,
 )
 
-MASK, NEGATIVES = range(100, 102)
+MASK, NEGATIVES, ALTERED = range(100, 103)
 """Purposes of random streams, apart from those of data.batches."""
 
 
@@ -98,6 +99,7 @@ class Objectives:
         self, config: ObjectivesConfig, negatives: NegativesConfig, seed: int, ranks: Ranks, teacher: EDJE | None = None
     ):
         self.config, self.negatives, self.seed, self.ranks, self.teacher = config, negatives, seed, ranks, teacher
+        self._alter: CaptionAlterer | None = None
 
     def __call__(self, model: EDJE, inputs: StepInputs) -> StepLosses:
         """Every loss whose weight is not 0; in the alignment stage without those of match logits."""
@@ -107,6 +109,8 @@ class Objectives:
             losses, stats = self._match_losses(model, inputs, tokens)
         if self.config.mlm:
             losses["mlm"] = self._mlm(model, inputs, tokens)
+        if self.config.altered_captions and not inputs.aligning:
+            losses["altered_captions"] = self._altered_captions(model, inputs, tokens)
         if self.config.text_recovery or self.config.itc:
             text_cls = model.text_cls(inputs.captions)
             if self.config.text_recovery:
@@ -211,6 +215,20 @@ class Objectives:
         preferences = np.stack([s.random(len(self.config.mlm_words)) for s in streams])
         return drawn & _words_of_one_group(captions, self.config.mlm_words, tokenizer, torch.from_numpy(preferences))
 
+    def _altered_captions(self, model: EDJE, inputs: StepInputs, tokens: Tensor) -> Tensor:
+        if self._alter is None:
+            self._alter = CaptionAlterer(self.config.altered_words, model.tokenizer, "objectives.altered_words")
+        captions = inputs.captions.truncate(model.max_joint_pieces)
+        altered, changed = self._alter(captions, [random_stream(self.seed, ALTERED, int(row)) for row in inputs.rows])
+        own, count = torch.nonzero(changed).flatten(), global_sum(changed.sum(), self.ranks)
+        if not len(own):
+            return tokens.sum() * 0.0
+        # The first stage's cosine, which a logit may contain, is the caption's own for both: the two cancel.
+        cosine = (inputs.text_embeddings * inputs.image_embeddings).sum(1)[own].repeat(2)
+        both = CaptionIds.cat([captions, altered])
+        logits = model.match_logits(both, tokens, torch.cat([own, own + len(captions)]), own.repeat(2), cosine)
+        return altered_captions_loss(*logits.chunk(2)) * self.ranks.size / count
+
     def _itc(self, model: EDJE, inputs: StepInputs, text_cls: Tensor, image_cls: Tensor) -> Tensor:
         return contrastive_loss(
             image_cls,
@@ -229,22 +247,13 @@ def _words_of_one_group(
     """[T] bool: the words of one group a caption, of those that occur in it the one with the highest of
     `preferences` [C, groups], all above 0."""
     device = captions.ids.device
-    members = torch.stack([torch.isin(captions.ids, _whole_words(g, tokenizer).to(device)) for g in groups])
+    members = torch.stack(
+        [torch.isin(captions.ids, whole_words(g, tokenizer, "objectives.mlm_words").to(device)) for g in groups]
+    )
     caption_of = torch.repeat_interleave(captions.lengths)
     counts = torch.zeros(len(groups), len(captions), device=device).index_add_(1, caption_of, members.float())
     chosen = (preferences.to(device) * (counts.T > 0)).argmax(1)
     return members[chosen[caption_of], torch.arange(len(captions.ids), device=device)]
-
-
-def _whole_words(words: Sequence[str], tokenizer: CaptionTokenizer) -> Tensor:
-    """Vocabulary numbers of `words`. Raises UserError naming those that the vocabulary splits into pieces."""
-    split = [word for word in words if word not in tokenizer.vocab]
-    if split:
-        raise UserError(
-            f"objectives.mlm_words: {', '.join(split)} {'is' if len(split) == 1 else 'are'} no whole word of the "
-            "tokenizer's vocabulary; name words that it does not split"
-        )
-    return torch.tensor([tokenizer.vocab[word] for word in words])
 
 
 def pair_logits(

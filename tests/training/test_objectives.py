@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from data.batches import random_stream
 from data.caption_datasets import CaptionDataset
 from data.neighbours import CaptionKeys
 from models.captions import CaptionTokenizer, build_vocabulary
@@ -15,6 +16,7 @@ from models.config import AdapterConfig, BackboneConfig, BackboneDims, EDJEConfi
 from models.edje import EDJE
 from models.errors import UserError
 from models.ranks import Ranks
+from training.altered_captions import CaptionAlterer
 from training.config import NegativesConfig, ObjectivesConfig
 from training.losses import (
     PairLogits,
@@ -25,6 +27,7 @@ from training.losses import (
     itm_loss,
     text_recovery_loss,
 )
+from training.objectives import ALTERED as ALTERED_STREAM
 from training.objectives import Objectives, StepInputs
 
 CAPTIONS = ["a red ball", "two dogs on a couch", "a red ball left of a cube", "a cat", "a blue cube", "one dog"]
@@ -215,6 +218,43 @@ def test_a_batch_without_the_chosen_words_has_no_mlm_loss(tokenizer):
     losses = Objectives(config, NegativesConfig(), 0, Ranks())(build(tokenizer), make_inputs(tokenizer))
     assert losses.total.item() == 0.0
     losses.total.backward()
+
+
+ALTERED = ObjectivesConfig(
+    itm=0.0,
+    mlm=0.0,
+    text_recovery=0.0,
+    altered_captions=1.0,
+    altered_words=((("red",), ("blue",)), (("ball",), ("cube",)), (("dogs",), ("cat",))),
+)
+
+
+@pytest.mark.parametrize("residual", [0.0, 2.0])
+def test_altered_captions_are_scored_with_the_images_of_the_originals(tokenizer, residual):
+    model, inputs = build(tokenizer, residual=residual), make_inputs(tokenizer)
+    loss = Objectives(ALTERED, NegativesConfig(), 0, Ranks())(model, inputs).losses["altered_captions"]
+    alter = CaptionAlterer(ALTERED.altered_words, tokenizer, "key")
+    streams = [random_stream(0, ALTERED_STREAM, row) for row in range(6)]
+    altered, changed = alter(inputs.captions, streams)
+    assert changed.tolist() == [True, True, True, True, True, False]
+    index = torch.arange(5)
+    tokens, cosine = model.compress(inputs.patch_tokens), torch.zeros(5)
+    own, other = (model.match_logits(c, tokens, index, index, cosine) for c in (inputs.captions, altered))
+    torch.testing.assert_close(loss, F.softplus(other - own).mean())
+
+
+def test_a_batch_without_words_to_alter_has_no_such_loss_and_an_alignment_stage_leaves_it_out(tokenizer):
+    model, inputs = build(tokenizer), make_inputs(tokenizer)
+    objectives = Objectives(replace(ALTERED, altered_words=((("cat",), ("§",)),)), NegativesConfig(), 0, Ranks())
+    with pytest.raises(UserError, match="§ is no whole word"):
+        objectives(model, inputs)
+    words = ((("left",), ("on",)),)
+    objectives = Objectives(replace(ALTERED, altered_words=words, itc=1.0), NegativesConfig(), 0, Ranks())
+    only_cats = replace(inputs, captions=tokenizer(["a cat"] * 6))
+    loss = objectives(model, only_cats).losses["altered_captions"]
+    assert loss.item() == 0.0
+    loss.backward()
+    assert "altered_captions" not in objectives(model, replace(inputs, aligning=True)).losses
 
 
 @pytest.mark.parametrize("words", [(), (("a", "on"), ("left", "dogs"))])
