@@ -36,11 +36,15 @@ def read_scenes(path: Path, dataset: CaptionDataset) -> list[dict[str, Any]]:
 
 
 def difference(scene: dict[str, Any], other: dict[str, Any]) -> str:
-    """`other family`; or, between siblings, `places`: the same objects stood elsewhere; `binding`: other objects."""
+    """`other family`; or, between siblings, `places`: the same objects stood elsewhere; `binding of colour`, or of
+    another kind: each shape has another one; `binding of several`."""
     if scene["family"] != other["family"]:
         return "other family"
-    described = [sorted(tuple(thing[kind] for kind in KINDS) for thing in s["objects"]) for s in (scene, other)]
-    return "places" if described[0] == described[1] else "binding"
+    mine, theirs = ({thing["shape"]: thing for thing in s["objects"]} for s in (scene, other))
+    rebound = [kind for kind in KINDS if any(mine[shape][kind] != theirs[shape][kind] for shape in mine)]
+    if not rebound:
+        return "places"
+    return f"binding of {rebound[0] if len(rebound) == 1 else 'several'}"
 
 
 def count_errors(results: DirectionResults, scenes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

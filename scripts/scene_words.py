@@ -1,6 +1,6 @@
 """How well a model fills in the words of scenes: all words of one kind hidden in a caption, the image shown.
 
-python scripts/scene_words.py configs/pretrained/scenes runs/demo/scenes/dataset_scenes.json
+python scripts/scene_words.py runs/demo/pretrained/7_relations runs/demo/scenes/dataset_scenes.json
 
 With every colour of a caption hidden, only the image tells which object has which; who recognises colours but does not
 bind them is right half of the time with two objects, a third with three. Any word of the right meaning counts ("disc"

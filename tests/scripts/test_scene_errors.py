@@ -41,16 +41,18 @@ def rankings(logits: list[float]) -> DirectionResults:
 def test_siblings_differ_in_places_or_in_binding():
     assert [difference(RED_BLUE, other) for other in (SWAPPED, REBOUND, STRANGER)] == [
         "places",
-        "binding",
+        "binding of colour",
         "other family",
     ]
+    larger = {"family": 0, "objects": [{**REBOUND["objects"][0], "size": "small"}, REBOUND["objects"][1]]}
+    assert difference(RED_BLUE, larger) == "binding of several" and difference(REBOUND, larger) == "binding of size"
 
 
 def test_a_tie_counts_as_wrong_and_pools_without_the_image_do_not_count():
     found = count_errors(rankings([2.0, 1.0, 3.0, 0.0]), list(SCENES.values()))
     assert found == {
         "places": {"pairs": 1, "cosine": 100.0, "logit": 0.0},
-        "binding": {"pairs": 1, "cosine": 0.0, "logit": 100.0},
+        "binding of colour": {"pairs": 1, "cosine": 0.0, "logit": 100.0},
         "other family": {"pairs": 1, "cosine": 0.0, "logit": 0.0},
     }
 
