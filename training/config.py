@@ -163,16 +163,17 @@ class ObjectivesConfig:
     [[[left], [right]], [[above, over], [below, under]]]. Words of different meanings in a caption change places, or one
     becomes a word of another meaning; of each caption, the words of one group that occurs in it."""
     align_steps: int = 0
-    """First steps without ITM and distillation: an alignment stage, by contrast and MLM, where ITM stays at chance."""
+    """First steps without ITM and distillation: an alignment stage by contrast, MLM and altered captions, where ITM
+    stays at chance."""
     distillation: float = 0.0
     teacher: str = ""
     """Checkpoint of the local model whose logits are distilled; goes with a distillation weight above 0."""
 
     def __post_init__(self):
-        if self.align_steps and not (self.itc or self.mlm or self.text_recovery):
+        if self.align_steps and not (self.itc or self.mlm or self.text_recovery or self.altered_captions):
             raise UserError(
-                f"objectives.align_steps is {self.align_steps}, but itc, mlm and text_recovery are all 0: "
-                "nothing would be trained in these steps"
+                f"objectives.align_steps is {self.align_steps}, but itc, mlm, text_recovery and altered_captions are "
+                "all 0: nothing would be trained in these steps"
             )
         if bool(self.altered_words) != (self.altered_captions > 0):
             raise UserError(

@@ -63,7 +63,7 @@ class StepInputs:
     """Image and text embeddings of another retriever that negatives are mined by, [b, its width] each; None: by those
     above."""
     aligning: bool = False
-    """In the alignment stage, which leaves match logits, their negatives and their distillation out."""
+    """In the alignment stage, which leaves ITM, its negatives and distillation out."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ class Objectives:
         self._alter: CaptionAlterer | None = None
 
     def __call__(self, model: EDJE, inputs: StepInputs) -> StepLosses:
-        """Every loss whose weight is not 0; in the alignment stage without those of match logits."""
+        """Every loss whose weight is not 0; in the alignment stage without ITM and distillation."""
         tokens = model.compress(inputs.patch_tokens)
         losses, stats = {}, {}
         if (self.config.itm or self.config.distillation) and not inputs.aligning:
             losses, stats = self._match_losses(model, inputs, tokens)
         if self.config.mlm:
             losses["mlm"] = self._mlm(model, inputs, tokens)
-        if self.config.altered_captions and not inputs.aligning:
+        if self.config.altered_captions:
             losses["altered_captions"] = self._altered_captions(model, inputs, tokens)
         if self.config.text_recovery or self.config.itc:
             text_cls = model.text_cls(inputs.captions)
