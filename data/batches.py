@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from models.errors import UserError
 from models.images import ImageError
@@ -168,7 +168,8 @@ class TrainingBatches(Dataset):
             else:
                 raise UserError(f"{unreadable[0]}; nor could 99 other images of {self.plan.dataset.root} be read")
         batch = self._batch(number, rows, images)
-        batch.pixels, batch.unreadable = torch.stack(pixels), unreadable
+        # In a worker, default_collate stacks in memory that the other processes see; torch.stack would be copied there.
+        batch.pixels, batch.unreadable = default_collate(pixels), unreadable
         return batch
 
     def read(self, start: int, stop: int, num_workers: int) -> Iterator[Batch]:

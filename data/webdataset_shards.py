@@ -67,9 +67,10 @@ class ShardDataset(CaptionDataset):
 
     def open_image(self, image: int) -> Image.Image:
         """Image number `image`, decoded. Raises ImageError naming shard and member if it cannot be."""
-        name = f"{self.path(image)}: member {Path(self.image_ids[image]).name}"
+        path = self.shards[self.image_shard[image]]
+        name = f"{path}: member {self.image_ids[image].rpartition('/')[2]}"
         try:
-            shard = _shard_file(self.path(image))
+            shard = _shard_file(path)
             content = io.BytesIO(os.pread(shard.fileno(), self.image_bytes[image], self.image_start[image]))
         except OSError as error:
             raise ImageError(f"{name} cannot be read ({error.strerror}); restore the shard") from None
@@ -89,7 +90,7 @@ class ShardDataset(CaptionDataset):
 
 
 @lru_cache(maxsize=4 * SHARDS_AT_A_TIME)
-def _shard_file(path: Path) -> io.FileIO:
+def _shard_file(path: str) -> io.FileIO:
     """An open shard; one that is pushed out of the cache closes itself."""
     return open(path, "rb", buffering=0)
 

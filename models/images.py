@@ -27,8 +27,10 @@ def open_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
-                return _to_rgb(source)
+                return _to_rgb(ImageOps.exif_transpose(source))
             with Image.open(source) as image:
+                image.load()  # a truncated file fails here, not later in a worker
+                ImageOps.exif_transpose(image, in_place=True)  # without a copy: it is nobody else's image
                 return _to_rgb(image)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such image file; check the data root and the file name") from None
@@ -41,8 +43,7 @@ def open_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()  # a truncated file fails here, not later in a worker
-    image = ImageOps.exif_transpose(image)
+    """Any upright image in mode RGB."""
     if image.mode.startswith("I"):  # 16-bit greys; Pillow's own conversion clips at 255
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.has_transparency_data:
