@@ -30,7 +30,7 @@ class Line:
     xs: Sequence[float]
     ys: Sequence[float]
     color: str
-    """Name of a CSS variable of the page, without dashes: muted, accent, second, third, fourth."""
+    """Name of a CSS variable of the page, without dashes: muted, accent, second, third, fourth, fifth."""
     dashed: bool = False
 
 

@@ -38,13 +38,14 @@ from models.errors import UserError, run_entry_point
 COLORS = {"embedding": "muted", "reranked": "accent", "fused": "second"}
 LOSSES = {
     "itm": "matching",
+    "altered_captions": "altered captions",
     "mlm": "masked words",
     "text_recovery": "text recovery",
     "itc": "contrast",
     "distillation": "distillation",
 }
 """Names in metrics.jsonl, and on the page."""
-SERIES_COLORS = ("accent", "second", "third", "fourth", "muted")
+SERIES_COLORS = ("accent", "second", "third", "fourth", "fifth", "muted")
 
 
 def write_report(

@@ -55,7 +55,7 @@ class RunLog:
         self._record({"step": step} | metrics)
         self.values.clear()
         self.steps, self.started, self.waited_before = 0, time.perf_counter(), self.waited
-        shown = ("itm", "itm_accuracy", "mlm", "itc", "distillation")
+        shown = ("itm", "itm_accuracy", "altered_captions", "mlm", "itc", "distillation")
         return " ".join(f"{name} {metrics[name]:.3f}" for name in shown if name in metrics)
 
     def evaluation(self, step: int, results: Results) -> None:

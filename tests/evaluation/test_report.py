@@ -17,7 +17,7 @@ from PIL import Image
 from data.caption_datasets import CaptionDataset, load_annotations
 from evaluation.charts import Line, line_chart, ticks
 from evaluation.output import read_rankings, results_json, write_results
-from evaluation.report import main, write_report
+from evaluation.report import LOSSES, main, write_report
 from evaluation.results import DirectionResults, Results
 from evaluation.showcase import pick_examples
 from models.errors import UserError
@@ -59,7 +59,8 @@ def out(tmp_path: Path, results: Results, dataset: CaptionDataset) -> Path:
     """A directory as evaluate_retrieval.py leaves it."""
     summary = results_json(results, "runs/<b>/checkpoint", "data/dataset_scenes.json", "test")
     write_results(tmp_path, results, dataset, summary)
-    metrics = [{"step": step, "itm": 2.0 / step, "val/t2i/fused/R@1": 10.0 * step} for step in range(1, 5)]
+    losses = dict.fromkeys(LOSSES, 1.0)
+    metrics = [{"step": step, **losses, "itm": 2.0 / step, "val/t2i/fused/R@1": 10.0 * step} for step in range(1, 5)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)) + '\n{"step": 5, "it')
     write_report(tmp_path, summary, results, dataset, tmp_path / "metrics.jsonl")
     return tmp_path
