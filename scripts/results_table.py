@@ -37,8 +37,8 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]], with_subsets: bool) -> str:
     """The whole table; seeds are averaged, so all results must be of one data set, split, k and folds."""
-    first = results[0]
-    for other in results[1:]:
+    first, *others = ({"folds": 1} | result for result in results)  # files of before folds are of whole splits
+    for other in others:
         for key in ("dataset", "split", "k", "folds", "images", "captions"):
             if other.get(key) != first.get(key):
                 raise UserError(

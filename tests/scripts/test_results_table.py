@@ -23,6 +23,15 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
 
 
+def test_files_of_before_folds_are_of_whole_splits():
+    older, newer = read_results(SEEDS[0]), read_results(SEEDS[1])
+    with_folds = table([older, newer], with_subsets=False)
+    del older["folds"]
+    assert table([older, newer], with_subsets=False) == with_folds
+    with pytest.raises(UserError, match="results differ in folds"):
+        table([older, newer | {"folds": 5}], with_subsets=False)
+
+
 def test_seeds_are_averaged_and_the_protocol_is_named():
     seeds = [read_results(path) for path in SEEDS]
     text = table(seeds, with_subsets=True)
@@ -59,6 +68,7 @@ def result(reranked: float, **changed: Any) -> dict[str, Any]:
     found = json.loads(SEEDS[0].read_text())
     found |= {"dataset": "flickr30k", "images": 1000, "captions": 5000, "folds": 1}
     found["t2i"]["reranked"] = {"R@1": reranked, "R@5": 92.25, "R@10": 93.0}
+    found["i2t"]["reranked"] |= {"R@1": 88.2}
     found["model"] = {
         "backbone": "ViT-L-16-SigLIP2-384",
         "pretrained": "webli",
