@@ -176,7 +176,8 @@ def test_images_of_shards_are_stored_as_files_would_be(files, tmp_path):
     for file in (tmp_path / "shards").glob("*.tar"):
         with tarfile.open(file) as tar:
             tar.extractall(tmp_path / "unpacked" / file.name, filter="data")
-    done = run("--backbone-pretrained", files / "backbone", "--images", tmp_path / "unpacked", "--out", tmp_path / "f")
+    unpacked = ["--images", tmp_path / "unpacked", "--out", tmp_path / "f"]
+    done = run("--backbone-pretrained", files / "backbone", *unpacked, torchrun=2)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "s") == contents(tmp_path / "f")
     assert len(TokenStore.open(tmp_path / "captions")) == 70
