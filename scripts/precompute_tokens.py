@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
+from torch.utils.data import Subset
 
 from data.caption_datasets import CaptionDataset, load_annotations
 from data.webdataset_shards import load_shards
@@ -51,26 +52,26 @@ class DecodedImages(Sequence[Image.Image]):
     """Images of a data set that have no files of their own, read when asked for."""
 
     dataset: CaptionDataset
-    rows: Sequence[int]
-    """Numbers of the images in the data set."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.dataset)
 
     def __getitem__(self, i: int) -> Image.Image:
-        return self.dataset.open_image(self.rows[i])
+        return self.dataset.open_image(i)
 
 
 def read_items(args: argparse.Namespace, ranks: Ranks) -> Items:
     """What --images or --shards names."""
     if args.images is not None:
+        if args.index is not None:
+            raise UserError(f"--index {args.index}: only shards have one; pass --shards or leave it out")
         return read_image_files(args.images, args.root, args.split)
     if args.split is not None:
         raise UserError(f"--split {args.split}: shards have no splits; name those of the split")
     index = args.index or args.out.with_name(f"{args.out.name}.index")
     with ranks.main_first():
         dataset = load_shards(args.shards, args.root or Path(), index, args.workers)
-    return Items(DecodedImages(dataset, range(len(dataset))), list(dataset.image_ids), list(dataset.captions))
+    return Items(DecodedImages(dataset), list(dataset.image_ids), list(dataset.captions))
 
 
 def read_image_files(images: Path, root: Path | None, split: str | None) -> Items:
@@ -107,11 +108,7 @@ def leave_out_unreadable(items: Items, ranks: Ranks, num_workers: int) -> None:
         for reason in bad.values():
             print(f"left out: {reason}", file=sys.stderr)
     kept = [i for i in range(len(items.ids)) if i not in bad]
-    items.ids = [items.ids[i] for i in kept]
-    if isinstance(items.images, DecodedImages):
-        items.images = DecodedImages(items.images.dataset, kept)
-    else:
-        items.images = [items.images[i] for i in kept]
+    items.images, items.ids = Subset(items.images, kept), [items.ids[i] for i in kept]
 
 
 def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Backbone, EDJE | None]:

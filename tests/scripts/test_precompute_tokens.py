@@ -183,6 +183,8 @@ def test_images_of_shards_are_stored_as_files_would_be(files, tmp_path):
     assert len(TokenStore.open(tmp_path / "captions")) == 70
     refused = run(*command, tmp_path / "shards", *out, "--split", "val")
     assert refused.returncode == 2 and "shards have no splits" in refused.stderr
+    refused = run("--checkpoint", files / "checkpoint", *unpacked, "--index", tmp_path / "index")
+    assert refused.returncode == 2 and "only shards have one" in refused.stderr
 
 
 def test_an_unreadable_image_of_a_shard_is_left_out_when_asked(files, tmp_path):
