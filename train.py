@@ -15,7 +15,7 @@ from models.errors import run_entry_point
 from models.ranks import process_group
 from training.config import RunConfig, load_config
 from training.loop import Run, build_optimizer, train
-from training.objectives import Objectives
+from training.objectives import Objectives, check_words
 from training.setup import (
     build_batches,
     build_model,
@@ -41,6 +41,7 @@ def main() -> None:
         validation = load_validation_split(config)
         features = open_features(config, ranks)  # patch-token stores, or the frozen backbone: one copy
         model = build_model(config, features, dataset, ranks).to(ranks.device)
+        check_words(config.objectives, model.tokenizer)
         teacher = load_teacher(config, features, model, ranks)  # None unless a distillation asks for it
         keys = CaptionKeys(dataset)
         batches = build_batches(config, features, dataset, keys, ranks)  # knows what each step reads: resumes anywhere

@@ -241,6 +241,14 @@ class Objectives:
         )
 
 
+def check_words(config: ObjectivesConfig, tokenizer: CaptionTokenizer) -> None:
+    """Raises UserError, naming key and words, where the configured words cannot be used with this tokenizer: before a
+    run begins, since the losses themselves would find it at the first step."""
+    for group in config.mlm_words:
+        whole_words(group, tokenizer, "objectives.mlm_words")
+    CaptionAlterer(config.altered_words, tokenizer, "objectives.altered_words")
+
+
 def _words_of_one_group(
     captions: CaptionIds, groups: Sequence[Sequence[str]], tokenizer: CaptionTokenizer, preferences: Tensor
 ) -> Tensor:

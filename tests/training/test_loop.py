@@ -112,6 +112,20 @@ def test_two_ranks_train_to_the_loss_curve_of_one_process(run_config, stores, tm
         assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), rel=1e-4), name
 
 
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["objectives.mlm_words=[[red,zyx]]"], "objectives.mlm_words: zyx is no whole word"),
+        (["objectives.altered_captions=1", "objectives.altered_words=[[[red]]]"], "has no other meaning to change to"),
+    ],
+)
+def test_words_that_cannot_be_used_end_a_run_before_it_begins(run_config, tmp_path, overrides, message):
+    done = run(run_config, *overrides)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: {overrides[-1].split('=')[0]}: " in done.stderr
+    assert message in done.stderr and not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_images_train_in_groups_that_another_retrievers_stores_form(run_config, stores, tmp_path):
     """Here the retriever is the backbone itself, so the groups are those of its own stores."""
     groups = ["negatives.mode=groups", "negatives.group_size=4", "negatives.pool=dataset", "training.steps=3"]
