@@ -1,13 +1,21 @@
-"""Attention inside each sequence of a packed input, one batched call for each length that occurs.
+"""Attention inside each sequence of a packed input: `sequence_attention(...)` is made once for an input and called by
+every layer.
 
-Letters: T packed rows, H width, L length of a sequence, n sequences of that length, heads of width d = H / heads.
+A CPU gets one batched call for each length that occurs. A GPU, where every call is a launch, gets one call in all:
+torch's variable-length kernel in bfloat16 without dropout, else a padded batch behind a mask.
+Letters: T packed rows, H width, Q sequences, L length of a sequence, n sequences of that length, heads of width
+d = H / heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from .packing import Group
 
@@ -16,20 +24,28 @@ _KEY_MULTIPLE = 16
 bfloat16, 1.7 times in float32 (measured, AVX-512). So keys and values are filled up to it, behind a mask."""
 
 
-class SequenceAttention:
-    """Made once for an input and called by every layer: `attention(queries, keys_values)`."""
+def sequence_attention(
+    groups: tuple[Group, ...], num_heads: int, dropout: float, device: torch.device
+) -> Callable[..., Tensor]:
+    """The form of attention that suits the device, for sequences that lie as `groups` say.
+
+    It is called with queries [T, H] and keys_values [T, 2H] and gives [T, H], before the output projection; with
+    `one_query=True`, queries and result are [Q, H], one row a sequence in the order of the groups."""
+    form = AttentionByLength if device.type == "cpu" else AttentionAtOnce
+    return form(groups, num_heads, dropout, device)
+
+
+class AttentionByLength:
+    """One call of the batched kernel for each length: nothing is padded but keys to a multiple of 16."""
 
     def __init__(self, groups: tuple[Group, ...], num_heads: int, dropout: float, device: torch.device):
         self.groups = groups
         self.num_heads = num_heads
         self.dropout = dropout
-        fill_keys = device.type == "cpu" and not torch.is_grad_enabled()
+        fill_keys = not torch.is_grad_enabled()
         self._filled = [_filled_keys(group) if fill_keys else None for group in groups]
 
     def __call__(self, queries: Tensor, keys_values: Tensor, one_query: bool = False) -> Tensor:
-        """queries [T, H], keys_values [T, 2H] -> [T, H], before the output projection.
-
-        With `one_query`, queries and result are [Q, H], one row a sequence in the order of the groups."""
         sizes = [group.count * (1 if one_query else group.length) for group in self.groups]
         # split, not slices: the gradient of a slice is a whole tensor of zeros for each group.
         queries = queries.unflatten(1, (self.num_heads, -1)).split(sizes)
@@ -46,11 +62,65 @@ class SequenceAttention:
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
 
+class AttentionAtOnce:
+    """One call for all sequences, whatever their lengths."""
+
+    def __init__(self, groups: tuple[Group, ...], num_heads: int, dropout: float, device: torch.device):
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.longest = groups[-1].length
+        # Made on the CPU and sent: what a GPU counted, the CPU would have to wait for.
+        lengths, counts = torch.tensor([(group.length, group.count) for group in groups]).unbind(1)
+        self._lengths = lengths.repeat_interleave(counts)
+        self._device = device
+        self._has_kernel = (
+            device.type == "cuda" and not dropout and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+
+    def __call__(self, queries: Tensor, keys_values: Tensor, one_query: bool = False) -> Tensor:
+        if not (self._has_kernel and queries.dtype == torch.bfloat16):
+            return self._padded(queries, keys_values, one_query)
+        key, value = keys_values.unflatten(1, (2, self.num_heads, -1)).unbind(1)
+        starts, longest = (self._counted, 1) if one_query else (self._starts, self.longest)
+        query = queries.unflatten(1, (self.num_heads, -1))
+        return varlen_attn(query, key, value, starts, self._starts, longest, self.longest).flatten(1)
+
+    def _padded(self, queries: Tensor, keys_values: Tensor, one_query: bool) -> Tensor:
+        slots, mask = self._slots
+        shape = (len(self._lengths), -1, self.num_heads, queries.shape[1] // self.num_heads)
+        query = (queries if one_query else self._spread(queries, slots)).view(shape).transpose(1, 2)
+        keys, values = self._spread(keys_values, slots).chunk(2, dim=1)
+        key, value = (rows.view(shape).transpose(1, 2) for rows in (keys, values))
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=self.dropout)
+        context = context.transpose(1, 2).flatten(2).flatten(0, 1)
+        return context if one_query else context.index_select(0, slots)
+
+    def _spread(self, rows: Tensor, slots: Tensor) -> Tensor:
+        """[T, X] -> [Q * longest, X], zeros behind each sequence's end."""
+        return rows.new_zeros(len(self._lengths) * self.longest, rows.shape[1]).index_copy(0, slots, rows)
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        """[Q + 1] int32: where sequences begin, and T."""
+        return F.pad(self._lengths.cumsum(0), (1, 0)).int().to(self._device)
+
+    @cached_property
+    def _counted(self) -> Tensor:
+        """[Q + 1] int32: 0, 1 .. Q."""
+        return torch.arange(len(self._lengths) + 1, dtype=torch.int32, device=self._device)
+
+    @cached_property
+    def _slots(self) -> tuple[Tensor, Tensor]:
+        """Place [T] of each row in the padded batch, and the mask [Q, 1, 1, longest] that is True for rows."""
+        is_row = torch.arange(self.longest) < self._lengths[:, None]
+        return is_row.flatten().nonzero()[:, 0].to(self._device), is_row[:, None, None].to(self._device)
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """query [n, heads, queries, d], key and value [n, heads, keys, d] -> [n, heads, queries, d]."""
-    if query.requires_grad and query.device.type == "cpu":
-        # On CPUs the backward pass of plain products is as fast as the fused kernel's in float32 and 4 times as
-        # fast in bfloat16 (16 sequences of 83: 10 ms against 46, forward and backward, one thread).
+    if query.requires_grad and torch.is_grad_enabled():
+        # The backward pass of plain products is as fast as the fused kernel's in float32 and 4 times as fast
+        # in bfloat16 (16 sequences of 83: 10 ms against 46, forward and backward, one thread).
         probabilities = torch.softmax(query @ (key * query.shape[-1] ** -0.5).transpose(-1, -2), dim=-1)
         return F.dropout(probabilities, dropout) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)

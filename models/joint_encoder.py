@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import SequenceAttention
+from .attention import sequence_attention
 from .bert import MaskedLanguageHead, bert_parameters, initialise
 from .captions import CaptionIds
 from .config import EncoderConfig
@@ -101,7 +101,7 @@ class EncoderPass(ABC):
         its queries too. Raises UserError if a sequence is longer than the position table."""
         weights = self.weights()
         x = self._embed(packed, weights)
-        attention = SequenceAttention(packed.groups, self.config.num_heads, self._attention_dropout, x.device)
+        attention = sequence_attention(packed.groups, self.config.num_heads, self._attention_dropout, x.device)
         for layer in weights.layers[:-1]:
             x = self._finish_layer(x, attention(layer.query(x), layer.key_value(x)), layer)
         last = weights.layers[-1]
