@@ -23,6 +23,7 @@ from data.caption_datasets import CaptionDataset
 from models.captions import CaptionIds
 from models.edje import EDJE
 from models.errors import UserError
+from models.joint_encoder import pairs_at_once
 from models.precision import dtype_name, fastest_dtype
 from models.ranks import Ranks
 from models.token_store import TokenStore
@@ -167,7 +168,7 @@ def rerank_pools(
 
     direction: `t2i` (queries are captions) or `i2t` (queries are images)."""
     pairs = _PairList.of(model, gallery, pools, direction, k)
-    size = pairs_per_batch or (128 if ranks.device.type == "cpu" else 1024)
+    size = pairs_per_batch or pairs_at_once(ranks.device)
     own = own_blocks(blocks(len(pairs), size), ranks)
     scored = run_blocks(lambda part: pairs.logits(model, gallery, part), own, ranks.device)
     scored = list(progress_bar(scored, len(own), f"rerank {direction}", progress))

@@ -262,6 +262,12 @@ def _with_rows(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, table[-1:].expand(max(0, rows - len(table)), -1)])
 
 
+def pairs_at_once(device: torch.device) -> int:
+    """Pairs a call that suit a device. On an H200 in bfloat16, 64 vision tokens each, calls of 256 reach two thirds of
+    the pairs a second of 4,096; there they hold some 3 GB."""
+    return 128 if device.type == "cpu" else 4096
+
+
 ROWS_AT_ONCE = 2048
 """On a CPU: rows that pass through all layers together, about 24 pairs. With 64 pairs at once the activations outgrow
 what the allocator keeps and are mapped afresh at every step."""

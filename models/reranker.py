@@ -27,11 +27,10 @@ from .edje import EDJE
 from .errors import UserError
 from .images import ImageError
 from .indexing import ImageSource, check_backbone, find_images, precompute, read_images
+from .joint_encoder import pairs_at_once
 from .ranks import pick_device
 from .token_store import TokenStore
 
-PAIRS_PER_BATCH = 64
-"""Best on 2 cores in both precisions (64 to 128 in bfloat16, 16 to 64 in float32)."""
 IMAGES_PER_BATCH = 32
 
 
@@ -159,7 +158,7 @@ class Reranker:
         order = ids.lengths[caption_index].argsort(stable=True).to(device)
         ids, caption_index, image_index = ids.to(device), caption_index.to(device), image_index.to(device)
         logits = torch.empty(len(order), device=device)
-        for part in order.split(PAIRS_PER_BATCH):
+        for part in order.split(pairs_at_once(device)):
             cosines = None if similarities is None else similarities[part]
             logits[part] = self.model.match_logits(ids, tokens, caption_index[part], image_index[part], cosines)
         return logits

@@ -61,8 +61,9 @@ def ratio(slower: list[float], faster: list[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(slower, faster, strict=True)])
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
-    """Floating point operations a second of a square matrix product, the best of 12."""
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating point operations a second of a square matrix product that fills the device, the best of 12."""
+    size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     fastest = min(seconds_of(lambda: a @ b, device) for _ in range(12))
     return 2 * size**3 / fastest
