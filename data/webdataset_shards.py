@@ -121,17 +121,17 @@ def find_shards(patterns: Sequence[str], root: Path) -> list[Path]:
         for name in _expand_braces(str(root / pattern)):
             found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
             if not found:
-                raise UserError(f"{name}: no shard has such a name; mend the pattern in data.shards")
+                raise UserError(f"{name}: no shard has such a name; mend the pattern")
             files += map(Path, found)
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise UserError(
             f"{missing[0]}: no such shard; {len(missing)} of {len(files)} shards are missing; fetch them, or name "
-            "those that are there in data.shards"
+            "only those that are there"
         )
     twice = [file for file, count in Counter(files).items() if count > 1]
     if twice:
-        raise UserError(f"{twice[0]}: named twice by data.shards; name each shard once")
+        raise UserError(f"{twice[0]}: named twice; name each shard once")
     return files
 
 
@@ -183,7 +183,7 @@ def _index_shard(file: Path) -> tuple[TextColumn, TextColumn, np.ndarray, np.nda
     """Member names and captions of a shard's images, their first bytes and sizes, in the order of the shard."""
     samples = _samples(file)
     if not samples:
-        raise UserError(f"{file}: holds no samples; remove the shard, or name others in data.shards")
+        raise UserError(f"{file}: holds no samples; remove the shard, or name others")
     names, captions, places = TextBuilder(), TextBuilder(), []
     with file.open("rb") as content:
         for key, members in samples.items():

@@ -2,6 +2,7 @@
 
 python scripts/ablate.py configs/demo_ablations/*.yaml --seeds 0 1 2 --out runs/ablations
 python scripts/ablate.py configs/demo_ablations/*.yaml --out runs/ablations training.steps=100      overrides, for all
+python scripts/ablate.py configs/demo_ablations/*.yaml --seeds 0 1 2 --time-again    after runs side by side
 
 Runs lie in OUT/CONFIG/seedN: what is done is skipped, what was killed continues. The first config is the one that the
 others are compared with. Written: OUT/ablations.json, ablations.md, ablations.svg.
@@ -28,22 +29,39 @@ from models.edje import EDJE
 from models.errors import UserError, run_entry_point
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = "results.json"
 
 
 def run(config: Path, seed: int, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Train and evaluate one config with one seed, unless its results are there. Returns results.json."""
-    results = folder / "results.json"
-    if not results.is_file():
-        train = ["train.py", "--config", str(config), f"output={folder}", f"seed={seed}", *overrides]
-        for command in (train, ["evaluation/evaluate_retrieval.py", "--checkpoint", folder, "--out", folder]):
-            print("$", *command, flush=True)
-            status = subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode
-            if status:
-                raise UserError(f"{config}: {command[0]} ended with exit status {status}; what it said stands above")
-    return json.loads(results.read_text())
+    if not (folder / RESULTS).is_file():
+        call(config, "train.py", "--config", config, f"output={folder}", f"seed={seed}", *overrides)
+        evaluate(config, folder, folder)
+    return json.loads((folder / RESULTS).read_text())
 
 
-def describe(config: Path, folder: Path, seeds: Sequence[int], runs: list[dict[str, Any]]) -> dict[str, Any]:
+def time_again(config: Path, folder: Path) -> dict[str, Any]:
+    """Evaluate a run anew, unless that was done; returns the results.json in its folder `timed`."""
+    if not (folder / "timed" / RESULTS).is_file():
+        evaluate(config, folder, folder / "timed")
+    return json.loads((folder / "timed" / RESULTS).read_text())
+
+
+def evaluate(config: Path, checkpoint: Path, out: Path) -> None:
+    call(config, "evaluation/evaluate_retrieval.py", "--checkpoint", checkpoint, "--out", out)
+
+
+def call(config: Path, script: str, *arguments: str | Path) -> None:
+    """Run a script of this repository. Raises UserError that names the config if it fails."""
+    print("$", script, *arguments, flush=True)
+    status = subprocess.run([sys.executable, ROOT / script, *arguments]).returncode
+    if status:
+        raise UserError(f"{config}: {script} ended with exit status {status}; what it said stands above")
+
+
+def describe(
+    config: Path, folder: Path, seeds: Sequence[int], runs: list[dict[str, Any]], timed: list[dict[str, Any]]
+) -> dict[str, Any]:
     """A config's entry in ablations.json: what it stores and costs, and R@1 of every seed."""
     model, k = runs[0]["model"], runs[0]["k"]
     return {
@@ -51,7 +69,7 @@ def describe(config: Path, folder: Path, seeds: Sequence[int], runs: list[dict[s
         "vision_tokens": model["vision_tokens"],
         "bytes_per_image": model["bytes_per_image"],
         "trained_parameters": sum(p.numel() for p in EDJE.from_pretrained(folder).parameters()),
-        "milliseconds_per_query": 1000 * k / statistics.median(r["pairs_per_second"] for r in runs),
+        "milliseconds_per_query": 1000 * k / statistics.median(r["pairs_per_second"] for r in timed),
         "seeds": list(seeds),
         "R@1": {d: {c: [r[d][c]["R@1"] for r in runs] for c in columns_of(*runs)} for d in DIRECTION_TITLES},
     }
@@ -105,6 +123,11 @@ def main() -> None:
     parser.add_argument("configs", nargs="+", help="YAML files, then key=value overrides for all of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default: runs/ablations")
+    parser.add_argument(
+        "--time-again",
+        action="store_true",
+        help="ms a query from one more evaluation of each config's first seed, for runs that shared a machine",
+    )
     arguments = parser.parse_intermixed_args()
     overrides = [text for text in arguments.configs if "=" in text]
     configs = [Path(text) for text in arguments.configs if "=" not in text]
@@ -117,7 +140,9 @@ def main() -> None:
     for config in configs:
         folders = {seed: arguments.out / config.stem / f"seed{seed}" for seed in arguments.seeds}
         runs = [run(config, seed, folder, overrides) for seed, folder in folders.items()]
-        entries.append(describe(config, folders[arguments.seeds[0]], arguments.seeds, runs))
+        first = folders[arguments.seeds[0]]
+        timed = [time_again(config, first)] if arguments.time_again else runs
+        entries.append(describe(config, first, arguments.seeds, runs, timed))
         replace_text(arguments.out / "ablations.json", json.dumps(entries, indent=1) + "\n")
     replace_text(arguments.out / "ablations.svg", plot(entries))
     replace_text(arguments.out / "ablations.md", table(entries) + "\n")

@@ -35,6 +35,11 @@ def test_configs_are_trained_evaluated_and_compared_and_a_second_start_only_draw
     again = run_script(*command)
     assert again.returncode == 0 and "$ train.py" not in again.stdout
     assert (out / "ablations.md").read_text() == table
+    timed = run_script(*command, "--time-again")
+    assert timed.returncode == 0 and "$ train.py" not in timed.stdout
+    for entry in json.loads((out / "ablations.json").read_text()):
+        measured = json.loads((out / entry["name"] / "seed0" / "timed" / "results.json").read_text())
+        assert entry["milliseconds_per_query"] == 1000 * measured["k"] / measured["pairs_per_second"]
 
 
 def test_a_difference_within_twice_its_standard_error_is_noise():
