@@ -1,9 +1,9 @@
 """The joint encoder's input: all sequences of a batch in one [T, H] tensor, without any padding.
 
-Sequences lie ordered by length, equal lengths together, so that attention is one plain batched call per length and
-everything else in the encoder runs on T rows at once. Packing is index arithmetic on whole tensors: no Python loop
-over pairs. Letters: C captions, N images, Q sequences (pairs), m vision tokens, H width, T rows in all, L length
-of a sequence.
+Sequences lie ordered by length, equal lengths together, so that attention is one batched call per length on a CPU, one
+in all on a GPU (attention.py), and everything else in the encoder runs on T rows at once. Packing is index arithmetic
+on whole tensors: no Python loop over pairs. Letters: C captions, N images, Q sequences (pairs), m vision tokens, H
+width, T rows in all, L length of a sequence.
 
     joint       [CLS] caption [SEP] v1 .. vm [SEP]     segments 0 .. 0 1 .. 1, positions 0 .. L-1 counted through
     text only   [CLS] caption [SEP]                    segments 0
