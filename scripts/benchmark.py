@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py --out benchmarks/rerank_cpu.json --only rerank       minutes on 2 cores
 python scripts/benchmark.py --device cuda --out benchmarks/rerank_h200.json --only rerank --pairs 16384 --rounds 15
+python scripts/benchmark.py --out benchmarks/store_cpu.json --only store --rounds 50     1 GB of disk
 python scripts/benchmark.py --out benchmarks/lists_cpu.json --only lists         3 GB of memory and of disk
 python scripts/benchmark.py --out benchmarks/shards_cpu.json --only shards --rounds 5
 python scripts/benchmark.py --table benchmarks/rerank_cpu.json                   the README's table from a record
@@ -26,9 +27,10 @@ from models.ranks import pick_device  # noqa: E402
 from scripts.benchmark_timing import environment  # noqa: E402
 from scripts.data_benchmark import benchmark_lists, benchmark_shards  # noqa: E402
 from scripts.rerank_benchmark import benchmark_rerank  # noqa: E402
+from scripts.store_benchmark import benchmark_store  # noqa: E402
 from scripts.train_benchmark import benchmark_train  # noqa: E402
 
-SECTIONS = ("rerank", "train", "lists", "shards")
+SECTIONS = ("rerank", "store", "train", "lists", "shards")
 
 
 def main() -> None:
@@ -71,6 +73,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_section(name: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
     """One section of the record."""
+    if name == "store":
+        return benchmark_store(arguments.rounds)
     if name == "train":
         return benchmark_train(device, arguments.rounds, arguments.train_batch)
     if name == "lists":
@@ -99,6 +103,8 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [f"{record['device']}, {record['threads']} threads; {versions}; {record['date']}", ""]
     if "rerank" in record:
         lines += rerank_table(record["rerank"])
+    if "store" in record:
+        lines += ["", *store_table(record["store"])]
     if "train" in record:
         lines += ["", *train_table(record["train"])]
     if "lists" in record:
@@ -126,6 +132,15 @@ def rerank_table(section: dict[str, Any]) -> list[str]:
     lines.append("|---|---|")
     for name, time in calls["milliseconds"].items():
         lines.append(f"| {name} | {time['median']:.2f} ({time['p10']:.2f} to {time['p90']:.2f}) |")
+    return lines
+
+
+def store_table(section: dict[str, Any]) -> list[str]:
+    what = f"{section['fetched']} of {section['items']:,} items, {section['tokens']} x {section['width']}"
+    lines = [f"| fetch of {what} | ms, median (10th to 90th percentile) |"]
+    lines.append("|---|---|")
+    for name, time in section["milliseconds"].items():
+        lines.append(f"| {name} | {time['median']:.1f} ({time['p10']:.1f} to {time['p90']:.1f}) |")
     return lines
 
 
