@@ -168,7 +168,7 @@ def rerank_pools(
 
     direction: `t2i` (queries are captions) or `i2t` (queries are images)."""
     pairs = _PairList.of(model, gallery, pools, direction, k)
-    size = pairs_per_batch or pairs_at_once(ranks.device)
+    size = pairs_per_batch or pairs_at_once(ranks.device, model.config.num_vision_tokens)
     own = own_blocks(blocks(len(pairs), size), ranks)
     scored = run_blocks(lambda part: pairs.logits(model, gallery, part), own, ranks.device)
     scored = list(progress_bar(scored, len(own), f"rerank {direction}", progress))

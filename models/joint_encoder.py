@@ -262,10 +262,16 @@ def _with_rows(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, table[-1:].expand(max(0, rows - len(table)), -1)])
 
 
-def pairs_at_once(device: torch.device) -> int:
-    """Pairs a call that suit a device. On an H200 in bfloat16, 64 vision tokens each, calls of 256 reach two thirds of
-    the pairs a second of 4,096; there they hold some 3 GB."""
-    return 128 if device.type == "cpu" else 4096
+GPU_ROWS = 400_000
+"""On a GPU: rows a call, some 3 GB of activations at MiniLM's width in bfloat16. On an H200 calls of 256 pairs, a
+fifteenth of it, reached two thirds of the pairs a second."""
+_MEAN_CAPTION = 24
+"""Rows of a pair that are not vision tokens, about."""
+
+
+def pairs_at_once(device: torch.device, num_tokens: int) -> int:
+    """Pairs of `num_tokens` vision tokens that suit one call; on a CPU the encoder cuts a call smaller by itself."""
+    return 128 if device.type == "cpu" else max(1, GPU_ROWS // (num_tokens + _MEAN_CAPTION))
 
 
 ROWS_AT_ONCE = 2048

@@ -158,7 +158,7 @@ class Reranker:
         order = ids.lengths[caption_index].argsort(stable=True).to(device)
         ids, caption_index, image_index = ids.to(device), caption_index.to(device), image_index.to(device)
         logits = torch.empty(len(order), device=device)
-        for part in order.split(pairs_at_once(device)):
+        for part in order.split(pairs_at_once(device, tokens.shape[1])):
             cosines = None if similarities is None else similarities[part]
             logits[part] = self.model.match_logits(ids, tokens, caption_index[part], image_index[part], cosines)
         return logits

@@ -128,8 +128,8 @@ def rerank_table(section: dict[str, Any]) -> list[str]:
     if "calls" not in section:  # an older record
         return lines
     calls = section["calls"]
-    lines += ["", f"| one call of {calls['pairs']} pairs, {calls['dtype']} | ms, median (10th to 90th percentile) |"]
-    lines.append("|---|---|")
+    title = f"| one call of {calls['pairs']} pairs, {calls['dtype']} | ms, median (10th to 90th percentile) |"
+    lines += ["", title, "|---|---|"]
     for name, time in calls["milliseconds"].items():
         lines.append(f"| {name} | {time['median']:.2f} ({time['p10']:.2f} to {time['p90']:.2f}) |")
     return lines
@@ -137,8 +137,7 @@ def rerank_table(section: dict[str, Any]) -> list[str]:
 
 def store_table(section: dict[str, Any]) -> list[str]:
     what = f"{section['fetched']} of {section['items']:,} items, {section['tokens']} x {section['width']}"
-    lines = [f"| fetch of {what} | ms, median (10th to 90th percentile) |"]
-    lines.append("|---|---|")
+    lines = [f"| fetch of {what} | ms, median (10th to 90th percentile) |", "|---|---|"]
     for name, time in section["milliseconds"].items():
         lines.append(f"| {name} | {time['median']:.1f} ({time['p10']:.1f} to {time['p90']:.1f}) |")
     return lines

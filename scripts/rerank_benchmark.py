@@ -144,7 +144,7 @@ def our_logits(encoder: EncoderPass, head: MatchHead, pairs: Pairs) -> Tensor:
     """Logits [Q] by the product's own code, in batches of its own size."""
     index = torch.arange(len(pairs.captions), device=pairs.tokens.device)
     logits = []
-    for part in index.split(pairs_at_once(pairs.tokens.device)):
+    for part in index.split(pairs_at_once(pairs.tokens.device, pairs.tokens.shape[1])):
         packed = encoder.pack_pairs(pairs.captions, pairs.tokens, part, part)
         logits.append(head(encoder.encode(packed, packed.cls_rows)))
     return torch.cat(logits)
@@ -211,7 +211,7 @@ def benchmark_rerank(device: torch.device, num_pairs: int, rounds: int, baseline
         "vision_tokens": NUM_VISION_TOKENS,
         "caption_pieces": {"varied": list(CAPTION_LENGTHS), "equal": EQUAL_LENGTH},
         "pairs": num_pairs,
-        "batch": {"ours": pairs_at_once(device), "BertModel": baseline_batch},
+        "batch": {"ours": pairs_at_once(device, NUM_VISION_TOKENS), "BertModel": baseline_batch},
         "warm_up": 1,
         "rounds": rounds,
         "time_includes": "input layout, encoder, match head; not tokenising, adapter, store",

@@ -282,6 +282,12 @@ def test_optimized_form_picks_the_fastest_dtype():
     assert isinstance(fast, OptimizedEncoder) and fast.dtype == joint_encoder.fastest_dtype("cpu")
 
 
+def test_a_call_on_a_gpu_has_as_many_rows_however_many_tokens_an_image_has():
+    for num_tokens in (1, 64, 576, 10**6):
+        pairs = joint_encoder.pairs_at_once(torch.device("cuda"), num_tokens)
+        assert pairs == 1 or 0.5 * joint_encoder.GPU_ROWS < pairs * (num_tokens + 20) <= joint_encoder.GPU_ROWS
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("form", ["training", torch.float32, torch.bfloat16])
 def test_gpu_agrees_with_cpu(form):
