@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,17 @@ class Batch:
     text_embeddings: Tensor | None = None
     unreadable: list[str] = field(default_factory=list)
     """One line for each image that could not be read and was replaced."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """From a worker, numbers travel inside the message: each tensor would open shared memory of its own, which
+        costs the worker and the reader more than such few bytes are worth."""
+        return self.__dict__ | {name: getattr(self, name).numpy() for name in _NUMBERS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {name: torch.from_numpy(state[name]) for name in _NUMBERS}
+
+
+_NUMBERS = ("rows", "images", "captions")
 
 
 @dataclass(frozen=True)
