@@ -31,14 +31,15 @@ def sequence_attention(
 
     It is called with queries [T, H] and keys_values [T, 2H] and gives [T, H], before the output projection; with
     `one_query=True`, queries and result are [Q, H], one row a sequence in the order of the groups."""
-    form = AttentionByLength if device.type == "cpu" else AttentionAtOnce
-    return form(groups, num_heads, dropout, device)
+    if device.type == "cpu":
+        return AttentionByLength(groups, num_heads, dropout)
+    return AttentionAtOnce(groups, num_heads, dropout, device)
 
 
 class AttentionByLength:
     """One call of the batched kernel for each length: nothing is padded but keys to a multiple of 16."""
 
-    def __init__(self, groups: tuple[Group, ...], num_heads: int, dropout: float, device: torch.device):
+    def __init__(self, groups: tuple[Group, ...], num_heads: int, dropout: float):
         self.groups = groups
         self.num_heads = num_heads
         self.dropout = dropout

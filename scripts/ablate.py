@@ -36,19 +36,14 @@ def run(config: Path, seed: int, folder: Path, overrides: Sequence[str]) -> dict
     """Train and evaluate one config with one seed, unless its results are there. Returns results.json."""
     if not (folder / RESULTS).is_file():
         call(config, "train.py", "--config", config, f"output={folder}", f"seed={seed}", *overrides)
-        evaluate(config, folder, folder)
-    return json.loads((folder / RESULTS).read_text())
+    return evaluate(config, folder, folder)
 
 
-def time_again(config: Path, folder: Path) -> dict[str, Any]:
-    """Evaluate a run anew, unless that was done; returns the results.json in its folder `timed`."""
-    if not (folder / "timed" / RESULTS).is_file():
-        evaluate(config, folder, folder / "timed")
-    return json.loads((folder / "timed" / RESULTS).read_text())
-
-
-def evaluate(config: Path, checkpoint: Path, out: Path) -> None:
-    call(config, "evaluation/evaluate_retrieval.py", "--checkpoint", checkpoint, "--out", out)
+def evaluate(config: Path, run: Path, out: Path) -> dict[str, Any]:
+    """Evaluate a run, unless its results are in `out`. Returns results.json."""
+    if not (out / RESULTS).is_file():
+        call(config, "evaluation/evaluate_retrieval.py", "--checkpoint", run, "--out", out)
+    return json.loads((out / RESULTS).read_text())
 
 
 def call(config: Path, script: str, *arguments: str | Path) -> None:
@@ -141,7 +136,7 @@ def main() -> None:
         folders = {seed: arguments.out / config.stem / f"seed{seed}" for seed in arguments.seeds}
         runs = [run(config, seed, folder, overrides) for seed, folder in folders.items()]
         first = folders[arguments.seeds[0]]
-        timed = [time_again(config, first)] if arguments.time_again else runs
+        timed = [evaluate(config, first, first / "timed")] if arguments.time_again else runs
         entries.append(describe(config, first, arguments.seeds, runs, timed))
         replace_text(arguments.out / "ablations.json", json.dumps(entries, indent=1) + "\n")
     replace_text(arguments.out / "ablations.svg", plot(entries))

@@ -1,7 +1,7 @@
 """Measure speed and write a record: command, commit, machine, versions, and every number with its spread.
 
 python scripts/benchmark.py --out benchmarks/rerank_cpu.json --only rerank       minutes on 2 cores
-python scripts/benchmark.py --device cuda --out benchmarks/rerank_h200.json --only rerank --pairs 16384 --rounds 15
+python scripts/benchmark.py --device cuda --out benchmarks/rerank_h200.json --only rerank --pairs 4096 --rounds 7
 python scripts/benchmark.py --out benchmarks/store_cpu.json --only store --rounds 50     1 GB of disk
 python scripts/benchmark.py --out benchmarks/lists_cpu.json --only lists         3 GB of memory and of disk
 python scripts/benchmark.py --out benchmarks/shards_cpu.json --only shards --rounds 5
@@ -66,7 +66,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="print a record as Markdown; measures nothing")
     arguments = parser.parse_args()
-    if arguments.rounds < 2 or arguments.pairs < 1 or (arguments.baseline_batch or 1) < 1:
+    if (
+        arguments.rounds < 2
+        or arguments.pairs < 1
+        or (arguments.baseline_batch is not None and arguments.baseline_batch < 1)
+    ):
         raise UserError("--rounds must be at least 2, --pairs and --baseline-batch at least 1")
     return arguments
 
@@ -128,18 +132,18 @@ def rerank_table(section: dict[str, Any]) -> list[str]:
     if "calls" not in section:  # an older record
         return lines
     calls = section["calls"]
-    title = f"| one call of {calls['pairs']} pairs, {calls['dtype']} | ms, median (10th to 90th percentile) |"
-    lines += ["", title, "|---|---|"]
-    for name, time in calls["milliseconds"].items():
-        lines.append(f"| {name} | {time['median']:.2f} ({time['p10']:.2f} to {time['p90']:.2f}) |")
-    return lines
+    return [*lines, "", *times_table(f"one call of {calls['pairs']} pairs, {calls['dtype']}", calls["milliseconds"])]
 
 
 def store_table(section: dict[str, Any]) -> list[str]:
     what = f"{section['fetched']} of {section['items']:,} items, {section['tokens']} x {section['width']}"
-    lines = [f"| fetch of {what} | ms, median (10th to 90th percentile) |", "|---|---|"]
-    for name, time in section["milliseconds"].items():
-        lines.append(f"| {name} | {time['median']:.1f} ({time['p10']:.1f} to {time['p90']:.1f}) |")
+    return times_table(f"fetch of {what}", section["milliseconds"])
+
+
+def times_table(what: str, milliseconds: dict[str, dict[str, float]]) -> list[str]:
+    lines = [f"| {what} | ms, median (10th to 90th percentile) |", "|---|---|"]
+    for name, time in milliseconds.items():
+        lines.append(f"| {name} | {time['median']:.2f} ({time['p10']:.2f} to {time['p90']:.2f}) |")
     return lines
 
 

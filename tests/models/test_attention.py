@@ -1,5 +1,7 @@
 """Both forms of attention against each other and against one plain softmax a sequence."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -35,32 +37,32 @@ def first_rows() -> torch.Tensor:
     return torch.cat([torch.arange(g.start, g.rows.stop, g.length) for g in GROUPS])
 
 
-@pytest.mark.parametrize("form", [AttentionByLength, AttentionAtOnce])
+@pytest.mark.parametrize("form", [AttentionByLength, partial(AttentionAtOnce, device=CPU)])
 def test_it_is_a_softmax_over_each_sequence_with_its_gradients(form):
     queries, keys_values = inputs()
     target = torch.randn(ROWS, WIDTH)
     expected = plain(queries, keys_values)
     expected_gradients = torch.autograd.grad((expected * target).sum(), (queries, keys_values))
-    actual = form(GROUPS, HEADS, 0.0, CPU)(queries, keys_values)
+    actual = form(GROUPS, HEADS, 0.0)(queries, keys_values)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     gradients = torch.autograd.grad((actual * target).sum(), (queries, keys_values))
     torch.testing.assert_close(gradients, expected_gradients, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", [AttentionByLength, AttentionAtOnce])
+@pytest.mark.parametrize("form", [AttentionByLength, partial(AttentionAtOnce, device=CPU)])
 def test_one_query_a_sequence_is_that_row_of_the_whole(form):
     queries, keys_values = inputs()
     with torch.no_grad():
-        attention = form(GROUPS, HEADS, 0.0, CPU)
+        attention = form(GROUPS, HEADS, 0.0)
         whole = attention(queries, keys_values)
         single = attention(queries[first_rows()], keys_values, one_query=True)
     torch.testing.assert_close(single, whole[first_rows()], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", [AttentionByLength, AttentionAtOnce])
+@pytest.mark.parametrize("form", [AttentionByLength, partial(AttentionAtOnce, device=CPU)])
 def test_dropout_takes_weights_and_keeps_their_mean(form):
     queries, keys_values = inputs()
-    attention = form(GROUPS, HEADS, 0.5, CPU)
+    attention = form(GROUPS, HEADS, 0.5)
     draws = torch.stack([attention(queries, keys_values).detach() for _ in range(600)])
     assert not torch.equal(draws[0], draws[1])
     torch.testing.assert_close(draws.mean(0), plain(queries, keys_values).detach(), rtol=0, atol=0.5)
