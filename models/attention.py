@@ -63,6 +63,28 @@ class AttentionByLength:
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
 
+class VariableLengthKernel:
+    """torch's kernel for sequences of any lengths, on a GPU in bfloat16 and without dropout: nothing is padded."""
+
+    def __init__(self, starts: Tensor, longest: int, num_heads: int):
+        """starts: [Q + 1] int32, where sequences begin, and T."""
+        self.longest = longest
+        self.num_heads = num_heads
+        self._starts = starts
+        self._counted = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
+
+    def __call__(self, queries: Tensor, keys_values: Tensor, one_query: bool = False) -> Tensor:
+        key, value = keys_values.unflatten(1, (2, self.num_heads, -1)).unbind(1)
+        starts, longest = (self._counted, 1) if one_query else (self._starts, self.longest)
+        query = queries.unflatten(1, (self.num_heads, -1))
+        return varlen_attn(query, key, value, starts, self._starts, longest, self.longest).flatten(1)
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether VariableLengthKernel runs there."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class AttentionAtOnce:
     """One call for all sequences, whatever their lengths."""
 
@@ -74,17 +96,17 @@ class AttentionAtOnce:
         lengths, counts = torch.tensor([(group.length, group.count) for group in groups]).unbind(1)
         self._lengths = lengths.repeat_interleave(counts)
         self._device = device
-        self._has_kernel = (
-            device.type == "cuda" and not dropout and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
+        self._has_kernel = not dropout and has_kernel(device)
 
     def __call__(self, queries: Tensor, keys_values: Tensor, one_query: bool = False) -> Tensor:
-        if not (self._has_kernel and queries.dtype == torch.bfloat16):
-            return self._padded(queries, keys_values, one_query)
-        key, value = keys_values.unflatten(1, (2, self.num_heads, -1)).unbind(1)
-        starts, longest = (self._counted, 1) if one_query else (self._starts, self.longest)
-        query = queries.unflatten(1, (self.num_heads, -1))
-        return varlen_attn(query, key, value, starts, self._starts, longest, self.longest).flatten(1)
+        if self._has_kernel and queries.dtype == torch.bfloat16:
+            return self._kernel(queries, keys_values, one_query)
+        return self._padded(queries, keys_values, one_query)
+
+    @cached_property
+    def _kernel(self) -> VariableLengthKernel:
+        starts = F.pad(self._lengths.cumsum(0), (1, 0)).int().to(self._device)
+        return VariableLengthKernel(starts, self.longest, self.num_heads)
 
     def _padded(self, queries: Tensor, keys_values: Tensor, one_query: bool) -> Tensor:
         slots, mask = self._slots
@@ -99,16 +121,6 @@ class AttentionAtOnce:
     def _spread(self, rows: Tensor, slots: Tensor) -> Tensor:
         """[T, X] -> [Q * longest, X], zeros behind each sequence's end."""
         return rows.new_zeros(len(self._lengths) * self.longest, rows.shape[1]).index_copy(0, slots, rows)
-
-    @cached_property
-    def _starts(self) -> Tensor:
-        """[Q + 1] int32: where sequences begin, and T."""
-        return F.pad(self._lengths.cumsum(0), (1, 0)).int().to(self._device)
-
-    @cached_property
-    def _counted(self) -> Tensor:
-        """[Q + 1] int32: 0, 1 .. Q."""
-        return torch.arange(len(self._lengths) + 1, dtype=torch.int32, device=self._device)
 
     @cached_property
     def _slots(self) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ Q sequences, V vocabulary. Source: BERT (arXiv 1810.04805), EDJE (arXiv 2510.068
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import NamedTuple
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import sequence_attention
+from .attention import has_kernel, sequence_attention
 from .bert import MaskedLanguageHead, bert_parameters, initialise
 from .captions import CaptionIds
 from .config import EncoderConfig
+from .cuda_graphs import RecordedPasses
 from .errors import UserError
 from .linear import ACTIVATIONS, Linear, fuse
 from .packing import PackedInput, SpecialTokens, pack_captions, pack_images, pack_pairs
@@ -100,8 +102,24 @@ class EncoderPass(ABC):
         After its attention the last layer runs on the wanted rows alone; where `rows` is `packed.cls_rows` itself,
         its queries too. Raises UserError if a sequence is longer than the position table."""
         weights = self.weights()
+        self._check_fits_positions(packed, weights.positions)
+        device = packed.embeddings.device
+        attention = sequence_attention(packed.groups, self.config.num_heads, self._attention_dropout, device)
+        return self._encode(packed, rows, attention, weights)
+
+    @staticmethod
+    def _check_fits_positions(packed: PackedInput, positions: Tensor) -> None:
+        longest = packed.groups[-1].length
+        if longest > len(positions):
+            raise UserError(
+                f"a sequence of {longest} tokens does not fit the joint encoder's {len(positions)} positions; "
+                "cut the caption or raise encoder.max_positions"
+            )
+
+    def _encode(
+        self, packed: PackedInput, rows: Tensor | None, attention: Callable[..., Tensor], weights: EncoderWeights
+    ) -> Tensor:
         x = self._embed(packed, weights)
-        attention = sequence_attention(packed.groups, self.config.num_heads, self._attention_dropout, x.device)
         for layer in weights.layers[:-1]:
             x = self._finish_layer(x, attention(layer.query(x), layer.key_value(x)), layer)
         last = weights.layers[-1]
@@ -116,12 +134,6 @@ class EncoderPass(ABC):
         return self._finish_layer(x, context, last)
 
     def _embed(self, packed: PackedInput, weights: EncoderWeights) -> Tensor:
-        longest = packed.groups[-1].length
-        if longest > len(weights.positions):
-            raise UserError(
-                f"a sequence of {longest} tokens does not fit the joint encoder's {len(weights.positions)} "
-                "positions; cut the caption or raise encoder.max_positions"
-            )
         x = packed.embeddings + F.embedding(packed.positions, weights.positions)
         x = self._norm(x + F.embedding(packed.segments, weights.segments), weights.norm)
         return F.dropout(x, self._hidden_dropout).to(self.dtype)
@@ -299,6 +311,8 @@ class OptimizedEncoder(EncoderPass):
                 norm=Norm(*(part.detach().float().clone() for part in weights.norm)),
                 layers=tuple(self._prepare(layer) for layer in weights.layers),
             )
+        recordable = dtype == torch.bfloat16 and has_kernel(self.word_table.device)
+        self._recorded = RecordedPasses(self._encode_cls, self.config.num_heads) if recordable else None
 
     def _prepare(self, layer: LayerWeights) -> LayerWeights:
         def prepare(part: Linear | Norm) -> Linear | Norm:
@@ -316,12 +330,22 @@ class OptimizedEncoder(EncoderPass):
 
     @torch.no_grad()  # not inference_mode: a teacher's logits enter a loss
     def encode(self, packed: PackedInput, rows: Tensor | None = None) -> Tensor:
-        """As EncoderPass.encode; on a CPU by pieces of ROWS_AT_ONCE rows."""
-        if packed.embeddings.device.type != "cpu" or len(packed.embeddings) <= ROWS_AT_ONCE:
+        """As EncoderPass.encode; on a CPU by pieces of ROWS_AT_ONCE rows, on a GPU [CLS] states of small inputs by
+        recorded launches."""
+        only_cls = rows is packed.cls_rows
+        if packed.embeddings.device.type != "cpu":
+            if only_cls and self._recorded is not None and self._recorded.suit(packed):
+                self._check_fits_positions(packed, self._weights.positions)
+                return self._recorded(packed)
+            return super().encode(packed, rows)
+        if len(packed.embeddings) <= ROWS_AT_ONCE:
             return super().encode(packed, rows)
         pieces = packed.pieces(ROWS_AT_ONCE)
-        if rows is packed.cls_rows:
+        if only_cls:
             hidden = torch.cat([super(OptimizedEncoder, self).encode(piece, piece.cls_rows) for piece in pieces])
             return hidden[rows.argsort().argsort()]
         hidden = torch.cat([super(OptimizedEncoder, self).encode(piece) for piece in pieces])
         return hidden if rows is None else hidden[rows]
+
+    def _encode_cls(self, packed: PackedInput, attention: Callable[..., Tensor]) -> Tensor:
+        return self._encode(packed, packed.cls_rows, attention, self._weights)

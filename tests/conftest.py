@@ -4,6 +4,7 @@ Weights are random: what is tested is that parts agree, not how well they score.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ EMBEDDER = {
     },
     "preprocess": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"},
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs unless they are asked for (`-m gpu`): the suite means the same on every machine, its processes too."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def test_dropout_takes_weights_and_keeps_their_mean(form):
     torch.testing.assert_close(draws.mean(0), plain(queries, keys_values).detach(), rtol=0, atol=0.5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("one_query", [False, True])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_a_gpu_gives_what_the_plain_softmax_gives(dtype, bound, one_query):

@@ -288,7 +288,7 @@ def test_a_call_on_a_gpu_has_as_many_rows_however_many_tokens_an_image_has():
         assert pairs == 1 or 0.5 * joint_encoder.GPU_ROWS < pairs * (num_tokens + 20) <= joint_encoder.GPU_ROWS
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("form", ["training", torch.float32, torch.bfloat16])
 def test_gpu_agrees_with_cpu(form):
     encoder, batch = our_model(reference_model()), Batch()
