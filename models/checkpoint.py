@@ -190,8 +190,18 @@ def adapter_fingerprint(config: EDJEConfig, state: dict[str, Tensor]) -> str:
     # Stored tokens depend on the weights that training made of these, and the weights' names tell the blocks.
     for told_by_weights in ("query_std", "places", "learn_queries", "num_blocks"):
         del settings[told_by_weights]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name in sorted(name for name in state if name.startswith("adapter.")):
+    adapter = {name: tensor for name, tensor in state.items() if name.startswith("adapter.")}
+    return _tensors_hash(adapter, json.dumps(settings, sort_keys=True))
+
+
+def weights_fingerprint(state: dict[str, Tensor]) -> str:
+    """16 hex digits that change with any weight of a model's state dict, compared as float32."""
+    return _tensors_hash(_untied(state))
+
+
+def _tensors_hash(state: dict[str, Tensor], settings: str = "") -> str:
+    digest = hashlib.sha256(settings.encode())
+    for name in sorted(state):
         tensor = state[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name}{list(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())

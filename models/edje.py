@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from .adapter import build_adapter
 from .captions import CaptionIds, CaptionTokenizer
-from .checkpoint import CARD_FILE, load_state, read_checkpoint, write_checkpoint
+from .checkpoint import CARD_FILE, load_state, read_checkpoint, weights_fingerprint, write_checkpoint
 from .config import EDJEConfig
 from .errors import UserError
 from .hub import locate_checkpoint, upload_checkpoint
 from .joint_encoder import JointEncoder
-from .model_card import model_card
+from .model_card import model_card, renamed
 
 SPECIAL_PIECES = 3
 """[CLS], [SEP] after the caption, [SEP] after the vision tokens."""
@@ -57,7 +57,8 @@ class EDJE(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.card: str | None = None
-        """README.md that came with the weights, for save_pretrained() and push_to_hub(); None: a new one is written."""
+        """README.md that came with the weights. save_pretrained() and push_to_hub() keep it while the weights are those
+        whose fingerprint it bears; else, and where it is None, a new one is written."""
         width = config.encoder.hidden_size
         self.adapter = build_adapter(config.adapter, config.dims, width)
         self.encoder = JointEncoder(config.encoder, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id)
@@ -159,18 +160,25 @@ class EDJE(nn.Module):
         """Write config.yaml, model.safetensors, the tokenizer and a model card (README.md: `self.card`, or a new one).
 
         The frozen backbone is named, never saved. Raises UserError if the directory holds anything but a checkpoint."""
-        card = self.card or model_card(self.config, Path(directory).name)
-        write_checkpoint(directory, self.config, self.state_dict(), self.tokenizer, card)
+        state = self.state_dict()
+        write_checkpoint(directory, self.config, state, self.tokenizer, self._card(Path(directory).name, state))
+
+    def _card(self, name: str, state: dict[str, Tensor]) -> str:
+        weights = weights_fingerprint(state)
+        kept = self.card is not None and weights in self.card
+        return self.card if kept else model_card(self.config, name, weights=weights)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, revision: str | None = None) -> str:
         """Upload what save_pretrained() writes to OWNER/NAME, in one commit on branch `revision`; returns its URL.
 
-        private: of a repository that is made by this call. Raises UserError if the hub refuses, or if the backbone is
+        private: of a repository that is made by this call. The card is for that name. scripts/export_checkpoint.py
+        --push puts a run's tables into it. Raises UserError if the hub refuses, or if the backbone is
         named by a path of this machine; nothing is committed then."""
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / "checkpoint"
-            card = self.card or model_card(self.config, repo_id)
-            write_checkpoint(directory, self.config, self.state_dict(), self.tokenizer, card)
+            state = self.state_dict()
+            card = renamed(self._card(repo_id, state), repo_id)
+            write_checkpoint(directory, self.config, state, self.tokenizer, card)
             return upload_checkpoint(directory, repo_id, private, revision)
 
     @classmethod

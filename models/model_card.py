@@ -9,6 +9,7 @@ images.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import yaml
 from .config import BackboneConfig, EDJEConfig
 
 PIPELINE_TAG = "text-ranking"
+LICENSE = "bsd-3-clause"
+"""Of weights that this code trained, unless their owner says otherwise."""
 TAGS = ("reranking", "image-text-retrieval", "text-to-image-retrieval", "vision-language", "cross-encoder", "edje")
 BACKBONE_REPOSITORIES = {
     ("ViT-B-16-quickgelu", "openai"): "timm/vit_base_patch16_clip_224.openai",
@@ -50,7 +53,7 @@ reranker.rank("a red ball", ["one.jpg", "two.jpg"])     # [{{"corpus_id": ..., "
 
 {backbone}
 
-The backbone is frozen and not part of this checkpoint. Fingerprint: `{fingerprint}`; another backbone is refused.
+The backbone is frozen and not part of this checkpoint. {fingerprint}
 
 ## Measured
 
@@ -72,15 +75,18 @@ def model_card(
     measured: Sequence[str] = (),
     datasets: Sequence[str] = (),
     base_models: Sequence[str] = (),
+    weights: str = "",
+    license: str | None = LICENSE,
 ) -> str:
-    """The text of README.md. `measured`: Markdown tables of evaluations; none: the card says that there was none.
+    """The text of README.md. `measured`: Markdown tables of evaluations; none: the card says that it has none.
 
     datasets: what it was trained on; base_models: Hub names of what it started from, beside the backbone that the
-    config names."""
+    config names. weights: their fingerprint, by which a card is known to belong to a model. license: of the weights,
+    by the Hub's name; None: not known, and left out."""
     backbone, encoder = config.backbone, config.encoder
     repository = BACKBONE_REPOSITORIES.get((backbone.name, backbone.pretrained))
     metadata: dict[str, Any] = {
-        "license": "bsd-3-clause",
+        "license": license,
         "library_name": "edje",
         "pipeline_tag": PIPELINE_TAG,
         "base_model": [*([repository] if repository else []), *base_models],
@@ -95,11 +101,29 @@ def model_card(
         tokens=config.num_vision_tokens,
         width=encoder.hidden_size,
         backbone=_describe(backbone),
-        fingerprint=config.backbone_fingerprint or "not recorded",
-        measured="\n\n".join(measured) or "This checkpoint was not evaluated.",
+        fingerprint=_fingerprint(config.backbone_fingerprint),
+        measured="\n\n".join([*measured] or ["No evaluation is recorded with this checkpoint."]) + _of_weights(weights),
         pieces=config.max_caption_tokens - 3,  # [CLS] and two [SEP]
         more_limits=_RESIDUAL if config.residual_similarity else "",
     )
+
+
+def renamed(card: str, name: str) -> str:
+    """A card for the same weights under another name: title and code example."""
+    old = re.search(r'from_pretrained\("([^"]+)"\)', card)
+    if old is None:
+        return card
+    return card.replace(old[0], f'from_pretrained("{name}")').replace(f"\n# {old[1]}\n", f"\n# {name}\n")
+
+
+def _fingerprint(backbone: str) -> str:
+    if not backbone:
+        return "Its fingerprint is not recorded, so any backbone whose sizes fit is taken."
+    return f"Fingerprint: `{backbone}`; another backbone is refused."
+
+
+def _of_weights(fingerprint: str) -> str:
+    return f"\n\nFingerprint of the weights: `{fingerprint}`." if fingerprint else ""
 
 
 _RESIDUAL = "- The match logit contains the first stage's cosine: rank with the embeddings of this very backbone.\n"

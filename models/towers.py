@@ -57,9 +57,11 @@ class TokenTower(nn.Module):
         """Preprocessed images [B, 3, T, T] -> [B, P, Dv], e.g. DINOv2 S/14 at 518 px: [B, 1369, 384]."""
         if self.stages:
             return maps_to_tokens(stage_maps(self.trunk, pixels, self.stages)[1], self.grid)
+        if not hasattr(self.trunk, "num_prefix_tokens"):
+            raise AssertionError(f"{type(self.trunk).__name__} does not say which of its tokens are patches")
         tokens = self.trunk.forward_features(pixels)
-        if tokens.ndim != 3:
-            raise AssertionError(f"the tower gives maps {list(tokens.shape[1:])}")
+        if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+            raise AssertionError("the tower gives no sequence of tokens")
         tokens = tokens[:, self.trunk.num_prefix_tokens :]
         return F.layer_norm(tokens, tokens.shape[-1:]) if isinstance(self.trunk.norm, nn.Identity) else tokens
 

@@ -25,11 +25,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.model_record import annotation_files, read_run_config, run_directory
-from models.checkpoint import half_precision, read_checkpoint, resolve_checkpoint, write_checkpoint
+from models.checkpoint import (
+    half_precision,
+    read_checkpoint,
+    resolve_checkpoint,
+    weights_fingerprint,
+    write_checkpoint,
+)
 from models.errors import UserError, run_entry_point
 from models.hub import upload_checkpoint
-from models.model_card import model_card
+from models.model_card import LICENSE, model_card
 from scripts.results_table import read_results, table
+
+_NO_NAME = re.compile(r"[^A-Za-z0-9_.]+")
+"""What no name on the Hub may contain."""
 
 
 def export_checkpoint(
@@ -39,6 +48,7 @@ def export_checkpoint(
     token_pretrained: str = "",
     results: Sequence[Path] = (),
     name: str = "",
+    license: str | None = LICENSE,
 ) -> Path:
     """Write `out` from the checkpoint or run `source`; returns the checkpoint directory that was read.
 
@@ -54,7 +64,8 @@ def export_checkpoint(
     named = {"pretrained": backbone_pretrained, "token_pretrained": token_pretrained}
     config = replace(config, backbone=replace(config.backbone, **{key: value for key, value in named.items() if value}))
     measured = _measured(results or _results_of(run, checkpoint), checkpoint)
-    card = model_card(config, name or out.name, measured, **_origin(run))
+    facts = _origin(run) | {"weights": weights_fingerprint(half), "license": license}
+    card = model_card(config, name or out.name, measured, **facts)
     write_checkpoint(out, config, half, tokenizer, card)
     return checkpoint
 
@@ -86,7 +97,7 @@ def _origin(run: Path) -> dict[str, list[str]]:
     config = read_run_config(run)
     weights = (config.get("model") or {}).get("encoder_weights") or ""
     return {
-        "datasets": [Path(file).stem for file in annotation_files(config)],
+        "datasets": [_NO_NAME.sub("-", Path(file).stem).strip("-.") for file in annotation_files(config)],
         "base_models": [weights] if re.fullmatch(r"[\w.-]+/[\w.-]+", weights) and not Path(weights).exists() else [],
     }
 
@@ -98,11 +109,20 @@ def main() -> None:
     parser.add_argument("--backbone-pretrained", default="", help="what the copy's config.yaml names as backbone")
     parser.add_argument("--token-pretrained", default="", help="the same for the model of its patch tokens")
     parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json for the card")
+    parser.add_argument(
+        "--license", default=LICENSE, help=f"of the weights, on the card (default: {LICENSE}; '': none)"
+    )
     parser.add_argument("--push", default="", metavar="OWNER/NAME", help="upload the directory to this repository")
     parser.add_argument("--private", action="store_true", help="with --push: a repository that only you see")
     args = parser.parse_args()
     source = export_checkpoint(
-        args.source, args.out, args.backbone_pretrained, args.token_pretrained, args.results, args.push
+        args.source,
+        args.out,
+        args.backbone_pretrained,
+        args.token_pretrained,
+        args.results,
+        args.push,
+        args.license or None,
     )
     print(f"{args.out}: float16 copy of {source}")
     if args.push:

@@ -17,7 +17,7 @@ import yaml
 from data.scenes import write_scenes
 from evaluation import evaluate_retrieval
 from models.backbone import Backbone
-from models.checkpoint import CARD_FILE, CHECKPOINT_FILES, write_latest
+from models.checkpoint import CARD_FILE, CHECKPOINT_FILES, weights_fingerprint, write_latest
 from models.config import BackboneConfig
 from models.edje import EDJE
 from models.errors import UserError
@@ -193,19 +193,40 @@ def test_a_saved_checkpoint_has_a_card_that_the_hub_reads(model, tmp_path):
     assert card.data.license == "bsd-3-clause" and card.data.library_name == "edje"
     assert card.data.base_model == ["timm/ViT-L-16-SigLIP2-384"] and card.data.pipeline_tag == PIPELINE_TAG
     assert "reranking" in card.data.tags and card.data.metrics is None
-    assert "This checkpoint was not evaluated." in card.text and 'from_pretrained("small-edje")' in card.text
+    assert (
+        "No evaluation is recorded with this checkpoint." in card.text and 'from_pretrained("small-edje")' in card.text
+    )
     assert model.config.backbone_fingerprint in card.text
 
 
 def test_a_card_with_tables_names_metrics_data_and_origin_and_stays_with_the_weights(hub, model, tmp_path):
-    facts = {"datasets": ["coco"], "base_models": ["microsoft/MiniLM-L12-H384-uncased"]}
-    model.card = model_card(model.config, "owner/tiny", ["| R@1 |\n|---|\n| 86.9 |"], **facts)
+    facts = {"datasets": ["coco"], "base_models": ["microsoft/MiniLM-L12-H384-uncased"], "license": "mit"}
+    weights = weights_fingerprint(model.state_dict())
+    model.card = model_card(model.config, "tiny", ["| R@1 |\n|---|\n| 86.9 |"], weights=weights, **facts)
     found = metadata(model.card)
-    assert (found["metrics"], found["datasets"], found["base_model"]) == (["recall"], *facts.values())
-    assert "| 86.9 |" in model.card and "not evaluated" not in model.card
+    assert (found["metrics"], found["datasets"], found["base_model"], found["license"]) == (["recall"], *facts.values())
+    assert "| 86.9 |" in model.card and "No evaluation" not in model.card
     model.save_pretrained(tmp_path / "saved")
-    EDJE.from_pretrained(tmp_path / "saved").push_to_hub("owner/tiny")
-    assert hub.repositories["owner/tiny"].files()[CARD_FILE].decode() == model.card
+    assert (tmp_path / "saved" / CARD_FILE).read_text() == model.card
+    EDJE.from_pretrained(tmp_path / "saved").push_to_hub("owner/other")
+    pushed = hub.repositories["owner/other"].files()[CARD_FILE].decode()
+    assert "\n# owner/other\n" in pushed and 'from_pretrained("owner/other")' in pushed and "| 86.9 |" in pushed
+    assert pushed.replace("owner/other", "tiny") == model.card
+
+
+def test_figures_do_not_go_with_other_weights(model, tmp_path):
+    weights = weights_fingerprint(model.state_dict())
+    model.card = model_card(model.config, "tiny", ["| 86.9 |"], weights=weights)
+    with torch.no_grad():
+        model.match_head.out.bias += 1
+    model.save_pretrained(tmp_path / "trained")
+    card = (tmp_path / "trained" / CARD_FILE).read_text()
+    assert "86.9" not in card and "No evaluation is recorded" in card and weights not in card
+
+
+def test_a_card_claims_neither_a_fingerprint_nor_a_licence_that_is_not_known(model):
+    card = model_card(replace(model.config, backbone_fingerprint=""), "tiny", license=None)
+    assert "license" not in metadata(card) and "fingerprint is not recorded" in card and "refused" not in card
 
 
 def test_the_card_names_both_models_of_a_backbone(model):

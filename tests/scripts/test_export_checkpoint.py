@@ -62,20 +62,21 @@ def test_the_card_has_the_runs_figures_of_this_checkpoint_and_no_other(tmp_path,
     export_checkpoint(run, tmp_path / "copy", "clips/tiny")
     card = (tmp_path / "copy" / CARD_FILE).read_text()
     assert "coco_karpathy_test.json, test split: 500 images, 2,500 captions; the embedding's first k = 10" in card
-    assert "| 61.2 |" in card and "| 62.2 |" in card and "| 63.2 |" not in card and "not evaluated" not in card
+    assert "| 61.2 |" in card and "| 62.2 |" in card and "| 63.2 |" not in card and "No evaluation" not in card
     assert str(tmp_path) not in card and "/home/someone" not in card
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["datasets"], front["base_model"]) == (["coco_train"], ["microsoft/MiniLM-L12"])
     assert front["metrics"] == ["recall"]
-    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"annotations": ["lists/cc3m.json", "lists/sbu.json"]}}))
+    config = {"data": {"annotations": ["lists/cc3m.json", "lists/my data (v1).json"]}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
     export_checkpoint(run, tmp_path / "from_lists")
     front = yaml.safe_load((tmp_path / "from_lists" / CARD_FILE).read_text().split("---\n")[1])
-    assert front["datasets"] == ["cc3m", "sbu"]
+    assert front["datasets"] == ["cc3m", "my-data-v1"]
 
 
 def test_without_results_the_card_says_so_and_results_of_another_checkpoint_are_refused(tmp_path, run):
     export_checkpoint(run, tmp_path / "copy")
-    assert "This checkpoint was not evaluated." in (tmp_path / "copy" / CARD_FILE).read_text()
+    assert "No evaluation is recorded with this checkpoint." in (tmp_path / "copy" / CARD_FILE).read_text()
     other = write_results(tmp_path / "other.json", "runs/x/checkpoints/step-00000001", 61.25)
     with pytest.raises(UserError, match="other.json: measured .*step-00000001, not .*step-00000002"):
         export_checkpoint(run, tmp_path / "copy2", results=[other])
