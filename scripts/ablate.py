@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("configs", nargs="+", help="YAML files, then key=value overrides for all of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default: runs/ablations")
+    parser.add_argument("--plot", nargs="+", metavar="NAME", help="configs to draw, without .yaml (default: all)")
     parser.add_argument(
         "--time-again",
         action="store_true",
@@ -129,8 +130,12 @@ def main() -> None:
     missing = [str(path) for path in configs if not path.is_file()]
     if missing or not configs:
         raise UserError(f"{', '.join(missing) or 'no config given'}: no such file; pass YAML files of runs")
-    if len({path.stem for path in configs}) < len(configs):
+    names = [path.stem for path in configs]
+    if len(set(names)) < len(configs):
         raise UserError("two configs have one file name; runs are kept by it, so give them different names")
+    drawn = arguments.plot or names
+    if unknown := sorted(set(drawn) - set(names)):
+        raise UserError(f"--plot names {', '.join(unknown)}; the configs are {', '.join(names)}")
     entries = []
     for config in configs:
         folders = {seed: arguments.out / config.stem / f"seed{seed}" for seed in arguments.seeds}
@@ -139,7 +144,7 @@ def main() -> None:
         timed = [evaluate(config, first, first / "timed")] if arguments.time_again else runs
         entries.append(describe(config, first, arguments.seeds, runs, timed))
         replace_text(arguments.out / "ablations.json", json.dumps(entries, indent=1) + "\n")
-    replace_text(arguments.out / "ablations.svg", plot(entries))
+    replace_text(arguments.out / "ablations.svg", plot([entry for entry in entries if entry["name"] in drawn]))
     replace_text(arguments.out / "ablations.md", table(entries) + "\n")
     print(table(entries))
     print(f"Plot: {arguments.out / 'ablations.svg'}")

@@ -8,7 +8,7 @@ import yaml
 
 from evaluation.charts import Point, scatter_charts
 from scripts.ablate import difference
-from tests.processes import run_script
+from tests.processes import ROOT, run_script
 
 
 def test_configs_are_trained_evaluated_and_compared_and_a_second_start_only_draws(run_config, stores, tmp_path):
@@ -35,8 +35,10 @@ def test_configs_are_trained_evaluated_and_compared_and_a_second_start_only_draw
     again = run_script(*command)
     assert again.returncode == 0 and "$ train.py" not in again.stdout
     assert (out / "ablations.md").read_text() == table
-    timed = run_script(*command, "--time-again")
+    timed = run_script(*command, "--time-again", "--plot", "pooled")
     assert timed.returncode == 0 and "$ train.py" not in timed.stdout
+    plot = (out / "ablations.svg").read_text()
+    assert ">pooled<" in plot and ">run<" not in plot and "| run " in (out / "ablations.md").read_text()
     for entry in json.loads((out / "ablations.json").read_text()):
         measured = json.loads((out / entry["name"] / "seed0" / "timed" / "results.json").read_text())
         assert entry["milliseconds_per_query"] == 1000 * measured["k"] / measured["pairs_per_second"]
@@ -48,7 +50,14 @@ def test_a_difference_within_twice_its_standard_error_is_noise():
     assert difference([90.0], [80.0]) == "+10.0"
 
 
-@pytest.mark.parametrize("arguments, words", [(["none.yaml"], "none.yaml"), (["training.steps=1"], "no config given")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["none.yaml"], "none.yaml"),
+        (["training.steps=1"], "no config given"),
+        ([ROOT / "configs" / "demo.yaml", "--plot", "m16"], "--plot names m16; the configs are demo"),
+    ],
+)
 def test_without_configs_nothing_runs(tmp_path, arguments, words):
     done = run_script("scripts/ablate.py", *arguments, "--out", tmp_path / "out")
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
