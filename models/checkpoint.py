@@ -42,7 +42,7 @@ def write_checkpoint(
     """Write a checkpoint directory, or replace one. Tensors that share memory (tied weights) are stored once.
 
     card: text of its README.md (models/model_card.py); the step directories of a run, which nobody is given, have none.
-    Raises UserError if `directory` exists and holds anything but a checkpoint: nothing else is ever overwritten."""
+    Raises UserError if `directory` exists and is neither empty nor a checkpoint: nothing else is ever overwritten."""
     directory = Path(directory)
     if directory.exists():
         others = _strangers(directory)
@@ -54,12 +54,17 @@ def write_checkpoint(
 
 
 def _strangers(path: Path) -> list[str]:
-    """What keeps `path` from being replaced by a checkpoint: all that no checkpoint has, sorted."""
+    """What keeps `path` from being replaced by a checkpoint: all that no checkpoint has, sorted.
+
+    Without a config of ours everything does: model.safetensors and tokenizer.json are other projects' names too."""
     if not path.is_dir():
         return ["a file"]
-    files = set(os.listdir(path))
-    own = {*CHECKPOINT_FILES, CARD_FILE} if CONFIG_FILE in files else set(CHECKPOINT_FILES)
-    return sorted(files - own)
+    files = os.listdir(path)
+    try:
+        read_config(path)
+    except UserError:
+        return sorted(files)
+    return sorted({*files} - {*CHECKPOINT_FILES, CARD_FILE})
 
 
 def write_checkpoint_files(
@@ -213,8 +218,11 @@ def atomic_directory(final: str | Path) -> Iterator[Path]:
     """A temporary directory that becomes `final` if the block ends well, and disappears if it does not.
 
     Its files are flushed to disk before the rename. An older `final` is replaced; a kill between the two renames
-    that this takes leaves it whole as `.NAME.old`. Raises UserError if `final` cannot be created."""
+    that this takes leaves it whole as `.NAME.old`. Raises UserError if `final` cannot be created, or is `.` or `..`,
+    which cannot be renamed."""
     final = Path(final)
+    if final.name in ("", ".."):
+        raise UserError(f"{final}: no directory by its name; name the one to write, e.g. {final / 'checkpoint'}")
     temporary, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed writer
     try:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.checkpoint import load_state
 from models.edje import EDJE
-from models.errors import run_entry_point
+from models.errors import UserError, run_entry_point
 from models.published import read_published
 
 OURS_ALONE = ("itc_logit_scale", "similarity_log_weight")
@@ -28,6 +28,8 @@ OURS_ALONE = ("itc_logit_scale", "similarity_log_weight")
 
 def import_checkpoint(source: Path, out: Path, config_json: Path | None) -> EDJE:
     """Import `source`, write it to `out` and return the model. Raises UserError before anything is written."""
+    if out.resolve() in (source.resolve(), source.parent.resolve()):
+        raise UserError(f"--out {out}: what is imported lies there; choose another directory")
     config, state, tokenizer, unused = read_published(source, config_json)
     model = EDJE(config, tokenizer)
     initial = model.state_dict()

@@ -89,6 +89,28 @@ def test_a_directory_with_other_files_is_never_overwritten(model, tmp_path):
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.yaml"])
+def test_files_of_another_project_under_our_names_are_never_overwritten(model, tmp_path, name):
+    (tmp_path / name).write_text("batch_size: 8")
+    with pytest.raises(UserError, match=f"no plain checkpoint .holds {name}"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / name).read_text() == "batch_size: 8"
+
+
+def test_an_empty_directory_is_written_to(model, tmp_path):
+    (tmp_path / "made").mkdir()
+    model.save_pretrained(tmp_path / "made")
+    assert EDJE.from_pretrained(tmp_path / "made").config == model.config
+
+
+@pytest.mark.parametrize("name", [".", "", ".."])
+def test_a_directory_without_a_name_is_an_error(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="name the one to write"), atomic_directory(name):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_place_that_cannot_be_written_to_is_an_error(model, saved):
     with pytest.raises(UserError, match="below: cannot be created"):
         model.save_pretrained(saved / "config.yaml" / "below")

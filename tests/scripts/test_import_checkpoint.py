@@ -237,6 +237,17 @@ def test_a_wrong_value_in_the_config_is_named(tmp_path, tensors, section, key, v
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("source", ["", "model.safetensors"])
+@pytest.mark.parametrize("out", ["", "model.safetensors"])
+def test_what_is_imported_is_never_overwritten(tmp_path, source, out):
+    file = tmp_path / "model.safetensors"
+    shutil.copy(CASE / "checkpoint.safetensors", file)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="what is imported lies there|exists and is no plain checkpoint"):
+        import_checkpoint(tmp_path / source, tmp_path / out, CASE / "config.json")
+    assert file.read_bytes() == before
+
+
 def test_the_command_writes_a_checkpoint_that_loads(tmp_path):
     out = tmp_path / "out"
     done = run_script(SCRIPT, CASE / "checkpoint.safetensors", "--config", CASE / "config.json", "--out", out)
