@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -130,23 +130,29 @@ def half_precision(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
-def load_state(module: nn.Module, state: dict[str, Tensor], where: str | Path = "checkpoint") -> None:
+def load_state(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    where: str | Path = "checkpoint",
+    name_in_file: Callable[[str], str] = str,
+) -> None:
     """Copy `state` into `module`, strictly: same names, same shapes. Of tied parameters any one name is enough.
 
-    Raises UserError that lists missing, unexpected and mis-shaped names, and then leaves `module` as it was."""
+    name_in_file: what the file calls a name of `module`, for messages, where the two differ. Raises UserError that
+    lists missing, unexpected and mis-shaped names, and then leaves `module` as it was."""
     expected = module.state_dict(keep_vars=True)
     names_of: dict[int, list[str]] = defaultdict(list)
     for name, tensor in expected.items():
         names_of[id(tensor)].append(name)
-    missing = [names[0] for names in names_of.values() if not any(name in state for name in names)]
-    unexpected = [name for name in state if name not in expected]
+    missing = [name_in_file(names[0]) for names in names_of.values() if not any(name in state for name in names)]
+    unexpected = [name_in_file(name) for name in state if name not in expected]
     misshaped = [
-        f"{name} is {list(tensor.shape)}, expected {list(expected[name].shape)}"
+        f"{name_in_file(name)} is {list(tensor.shape)}, expected {list(expected[name].shape)}"
         for name, tensor in state.items()
         if name in expected and tensor.shape != expected[name].shape
     ]
     found = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
-    problems = [f"{len(names)} {kind}: {_shortened(names)}" for kind, names in found if names]
+    problems = [f"{len(names)} {kind}: {shortened(names)}" for kind, names in found if names]
     if problems:
         raise UserError(f"{where}: the weights do not fit the model's configuration; {'; '.join(problems)}")
     complete = {name: state[next(n for n in names_of[id(t)] if n in state)] for name, t in expected.items()}
@@ -213,6 +219,12 @@ def _tensors_hash(state: dict[str, Tensor], settings: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
+def shortened(names: list[str], most: int = 6) -> str:
+    """The first `most` of them, and how many there are beside."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
 @contextmanager
 def atomic_directory(final: str | Path) -> Iterator[Path]:
     """A temporary directory that becomes `final` if the block ends well, and disappears if it does not.
@@ -268,11 +280,6 @@ def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
         memory = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         kept.setdefault(memory, (name, tensor))
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in kept.values()}
-
-
-def _shortened(names: list[str], most: int = 6) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def _one_line(error: Exception) -> str:

@@ -201,7 +201,7 @@ class JointEncoder(EncoderPass, nn.Module):
         """Lengthen the position table to `rows` by repeating its last row; a longer table stays as it is."""
         embedding = self.bert["embeddings"]["position_embeddings"]
         if rows > embedding.num_embeddings:
-            embedding.weight = nn.Parameter(_with_rows(embedding.weight.detach(), rows))
+            embedding.weight = nn.Parameter(with_rows(embedding.weight.detach(), rows))
             embedding.num_embeddings = rows
             self.config = replace(self.config, max_positions=rows)
 
@@ -224,7 +224,7 @@ class JointEncoder(EncoderPass, nn.Module):
         own = self.state_dict()
         for key, value in state.items():
             if key.endswith("position_embeddings.weight"):
-                state[key] = _with_rows(value, len(own[key]))
+                state[key] = with_rows(value, len(own[key]))
             elif len(value) < len(own[key]):
                 state[key] = torch.cat([value, own[key][len(value) :]])
         self.load_state_dict(state, strict=False)
@@ -269,7 +269,7 @@ def _layer_weights(layer: nn.ModuleDict) -> LayerWeights:
     )
 
 
-def _with_rows(table: Tensor, rows: int) -> Tensor:
+def with_rows(table: Tensor, rows: int) -> Tensor:
     """`table` with its last row repeated until it has `rows`; the parity origin extends positions so."""
     return torch.cat([table, table[-1:].expand(max(0, rows - len(table)), -1)])
 

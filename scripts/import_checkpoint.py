@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.checkpoint import load_state
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
-from models.published import read_published
+from models.published import published_name, read_published
 
 OURS_ALONE = ("itc_logit_scale", "similarity_log_weight")
 """Parameters that the published model lacks; no published objective or logit uses them."""
@@ -33,7 +33,7 @@ def import_checkpoint(source: Path, out: Path, config_json: Path | None) -> EDJE
     config, state, tokenizer, unused = read_published(source, config_json)
     model = EDJE(config, tokenizer)
     initial = model.state_dict()
-    load_state(model, state | {name: initial[name] for name in OURS_ALONE}, where=source)
+    load_state(model, state | {name: initial[name] for name in OURS_ALONE}, source, published_name)
     model.save_pretrained(out)
     for name in unused:
         print(f"not used: {name}")

