@@ -11,6 +11,17 @@ from dataclasses import dataclass
 from .errors import UserError
 
 
+def _check_at_least(config: object, section: str, least: int, *keys: str) -> None:
+    for key in keys:
+        if getattr(config, key) < least:
+            raise UserError(f"{section}{key} is {getattr(config, key)}; it must be at least {least}")
+
+
+def _check_epsilon(config: AdapterConfig | EncoderConfig, section: str) -> None:
+    if not 0 < config.layer_norm_eps < math.inf:
+        raise UserError(f"{section}layer_norm_eps is {config.layer_norm_eps}; it must be above 0 and finite")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """The frozen CLIP-style model that turns an image into patch tokens and one embedding."""
@@ -54,6 +65,9 @@ class BackboneDims:
     embedding_width: int
     """De, width of the image and text embedding."""
 
+    def __post_init__(self):
+        _check_at_least(self, "dims.", 1, "num_patches", "patch_width", "embedding_width")
+
 
 ADAPTER_KINDS = ("compression", "local", "pooling", "kmeans")
 
@@ -91,9 +105,8 @@ class AdapterConfig:
     def __post_init__(self):
         if self.kind not in ADAPTER_KINDS:
             raise UserError(f"adapter.kind is {self.kind!r}; expected one of {', '.join(ADAPTER_KINDS)}")
-        for key in ("num_tokens", "num_blocks", "mlp_width", "num_heads"):
-            if getattr(self, key) < 1:
-                raise UserError(f"adapter.{key} is {getattr(self, key)}; it must be at least 1")
+        _check_at_least(self, "adapter.", 1, "num_tokens", "num_blocks", "mlp_width", "num_heads")
+        _check_epsilon(self, "adapter.")
         if self.kind != "compression" and (self.num_blocks > 1 or not self.learn_queries):
             raise UserError(
                 f"adapter.num_blocks and adapter.learn_queries are for adapter.kind 'compression', not {self.kind!r}; "
@@ -128,13 +141,20 @@ class EncoderConfig:
     attention_dropout: float = 0.1
 
     def __post_init__(self):
-        if self.num_heads < 1 or self.hidden_size % self.num_heads:
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
+        _check_at_least(self, "encoder.", 1, *sizes)
+        _check_at_least(self, "encoder.", 2, "type_vocab_size")  # segments: caption, vision tokens
+        _check_epsilon(self, "encoder.")
+        if self.hidden_size % self.num_heads:
             raise UserError(
                 f"encoder.hidden_size is {self.hidden_size}; "
                 f"it must be a multiple of encoder.num_heads ({self.num_heads})"
             )
         if not 0 < self.initializer_range < math.inf:
             raise UserError(f"encoder.initializer_range is {self.initializer_range}; it must be above 0 and finite")
+        for key in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"encoder.{key} is {getattr(self, key)}; it must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +175,13 @@ class EDJEConfig:
     value: the embedder's logit scale, e.g. 100 for CLIP. 0: the head alone, as in the paper."""
     fusion_lambda: float | None = None
     """fused score = match logit + fusion_lambda * cosine; chosen on a validation split, None until one was seen."""
+
+    def __post_init__(self):
+        _check_at_least(self, "", 4, "max_caption_tokens")  # [CLS], one word piece, two [SEP]
+        if not 0 <= self.residual_similarity < math.inf:
+            raise UserError(f"residual_similarity is {self.residual_similarity}; it must be at least 0 and finite")
+        if self.fusion_lambda is not None and not math.isfinite(self.fusion_lambda):
+            raise UserError(f"fusion_lambda is {self.fusion_lambda}; it must be finite, or null")
 
     @property
     def num_vision_tokens(self) -> int:

@@ -195,5 +195,6 @@ class EDJE(nn.Module):
         model = cls(config, tokenizer)
         load_state(model, state, where=directory)
         card = directory / CARD_FILE
-        model.card = card.read_text(encoding="utf-8") if card.is_file() else None
+        # Nothing is computed from it: in another encoding it costs a few characters, not the model.
+        model.card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
         return model.to(device).eval()

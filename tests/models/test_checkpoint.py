@@ -171,6 +171,41 @@ def test_wrong_keys_of_a_config_are_all_named(saved):
         read_checkpoint(saved)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("dims.num_patches", 0, "at least 1"),
+        ("dims.patch_width", -1, "at least 1"),
+        ("dims.embedding_width", 0, "at least 1"),
+        ("adapter.layer_norm_eps", 0.0, "above 0 and finite"),
+        ("encoder.layer_norm_eps", float("nan"), "above 0 and finite"),
+        ("encoder.num_layers", 0, "at least 1"),
+        ("encoder.vocab_size", -1, "at least 1"),
+        ("encoder.hidden_size", 0, "at least 1"),
+        ("encoder.intermediate_size", 0, "at least 1"),
+        ("encoder.max_positions", 0, "at least 1"),
+        ("encoder.type_vocab_size", 1, "at least 2"),
+        ("encoder.hidden_dropout", 2.0, "at least 0 and below 1"),
+        ("encoder.attention_dropout", -0.1, "at least 0 and below 1"),
+        ("max_caption_tokens", 3, "at least 4"),
+        ("residual_similarity", -1.0, "at least 0 and finite"),
+        ("fusion_lambda", float("inf"), "finite"),
+    ],
+)
+def test_a_value_that_no_model_can_have_is_named(saved, key, value, message):
+    config = yaml.safe_load((saved / "config.yaml").read_text())
+    *sections, name = key.split(".")
+    (config[sections[0]] if sections else config)[name] = value
+    (saved / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=f"config.yaml: {key} is {value}; it must be {message}"):
+        read_checkpoint(saved)
+
+
+def test_a_model_card_in_another_encoding_does_not_keep_a_checkpoint_from_loading(saved):
+    (saved / CARD_FILE).write_bytes("trained on café photos".encode("latin-1"))
+    assert EDJE.from_pretrained(saved).card.startswith("trained on caf")
+
+
 def test_a_vocabulary_larger_than_the_encoders_is_an_error(saved):
     config = yaml.safe_load((saved / "config.yaml").read_text())
     config["encoder"]["vocab_size"] = 7
