@@ -84,13 +84,14 @@ def write_config(directory: str | Path, config: EDJEConfig) -> None:
 def read_checkpoint(directory: str | Path) -> tuple[EDJEConfig, dict[str, Tensor], CaptionTokenizer]:
     """Config, weights (on the CPU, tied ones once) and tokenizer of a checkpoint directory.
 
-    Raises UserError naming the file that is missing, truncated or inconsistent."""
+    Raises UserError naming the file that is missing, truncated or inconsistent, or the tensor that holds no weights."""
     directory = Path(directory)
     missing = [name for name in CHECKPOINT_FILES if not (directory / name).is_file()]
     if missing:
         raise UserError(f"{directory / missing[0]}: no such file; a checkpoint has {', '.join(CHECKPOINT_FILES)}")
     config = read_config(directory)
     state = read_safetensors(directory / WEIGHTS_FILE)
+    check_weights(state, directory / WEIGHTS_FILE)
     tokenizer = CaptionTokenizer.from_pretrained(directory / TOKENIZER_FILE)
     if tokenizer.vocab_size > config.encoder.vocab_size:
         raise UserError(
@@ -118,6 +119,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: missing, truncated or damaged ({_one_line(error)}); copy or write it again"
         ) from error
+
+
+def check_weights(state: dict[str, Tensor], where: str | Path) -> None:
+    """Raise UserError naming the first tensor that holds no weights: no dense floating-point values, or not finite."""
+    for name, tensor in state.items():
+        if tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point():
+            kind = "empty (of device meta)" if tensor.is_meta else f"of {tensor.dtype} and {tensor.layout}"
+            raise UserError(f"{where}: {name} is {kind}; expected dense floating-point values; save the weights so")
+        if not tensor.float().isfinite().all():
+            raise UserError(f"{where}: {name} has values that are NaN or infinite; take an undamaged checkpoint")
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from models.captions import CaptionTokenizer, build_vocabulary
 from models.checkpoint import (
@@ -160,6 +161,15 @@ def test_random_bytes_are_no_weights(saved):
     (saved / "model.safetensors").write_bytes(bytes(range(256)) * 40)
     with pytest.raises(UserError, match="model.safetensors: missing, truncated or damaged"):
         EDJE.from_pretrained(saved)
+
+
+def test_weights_that_are_not_finite_or_no_floating_point_are_named(model, saved):
+    for change in (lambda t: t * float("nan"), lambda t: t + float("inf"), lambda t: t.to(torch.int8)):
+        state = dict(model.adapter.state_dict(prefix="adapter."))
+        state["adapter.mlp.fc1.weight"] = change(state["adapter.mlp.fc1.weight"])
+        save_file(state, saved / "model.safetensors")
+        with pytest.raises(UserError, match=r"model.safetensors: adapter.mlp.fc1.weight (has|is of torch.int8)"):
+            EDJE.from_pretrained(saved)
 
 
 def test_wrong_keys_of_a_config_are_all_named(saved):
