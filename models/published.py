@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from .adapter import build_adapter
 from .captions import VOCABULARY_FILE, CaptionTokenizer
-from .checkpoint import read_safetensors, shortened
+from .checkpoint import check_weights, read_safetensors, shortened
 from .config import AdapterConfig, BackboneConfig, BackboneDims, EDJEConfig, EncoderConfig
 from .config_io import from_dict
 from .errors import UserError
@@ -56,6 +57,14 @@ TYPES = "language_model.bert.embeddings.token_type_embeddings.weight"
 CAPTION_TOKENS = 64
 """[CLS], word pieces and [SEP]s of a joint input: the published code lengthens its table of positions to 64 + m."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+ADVICE = {
+    "a Git LFS pointer": "fetch the file itself: git lfs pull",
+    "a web page": "download the file itself",
+    "a safetensors file": "rename it to .safetensors",
+    "a torch file": "rename it to .pth",
+}
+"""What to do with a file that is something else than its suffix says."""
 
 
 class Published(NamedTuple):
@@ -134,6 +143,8 @@ KNOWN_LANGUAGE_MODELS = {
 }
 """Joint encoders by the last part of the name in `language_model_path`; gelu, epsilon 1e-12, 2 segments, 512 positions.
 """
+NAMED = "the models that it names"
+"""Source of settings that come from no --config, as messages call it."""
 
 
 def read_published(path: str | Path, config_json: str | Path | None = None) -> Published:
@@ -146,12 +157,13 @@ def read_published(path: str | Path, config_json: str | Path | None = None) -> P
     file = _weight_file(Path(path))
     tensors, named = _read_weights(file)
     trained = {name: tensor for name, tensor in tensors.items() if not name.startswith(FROZEN_TOWERS)}
+    check_weights({name: tensor for name, tensor in trained.items() if our_name(name) or name in TIED}, file)
     published = _untied(trained, file)
-    settings = _from_json(Path(config_json)) if config_json else _from_names(named, file)
+    settings = _from_json(Path(config_json), named) if config_json else _from_names(named, file)
     _check_names(published, file)
     config = _infer_config(published, settings, file)
     published[POSITIONS] = with_rows(published[POSITIONS], config.encoder.max_positions)
-    tokenizer = CaptionTokenizer.from_pretrained(settings.tokenizer)
+    tokenizer = _load_tokenizer(settings, file)
     _check_vocabulary(config, tokenizer, settings, file)
     # The published training ran in bfloat16; ours keeps float32 master weights.
     renamed = {name: (our_name(name), tensor.float()) for name, tensor in published.items()}
@@ -161,6 +173,19 @@ def read_published(path: str | Path, config_json: str | Path | None = None) -> P
         tokenizer=tokenizer,
         unused=[name for name, (ours, _) in renamed.items() if ours is None],
     )
+
+
+def _load_tokenizer(settings: _Settings, file: Path) -> CaptionTokenizer:
+    try:
+        return CaptionTokenizer.from_pretrained(settings.tokenizer)
+    except UserError as error:
+        if settings.source != NAMED:
+            raise
+        reason = str(error).rpartition("; ")[0]  # its advice is for callers who can name a tokenizer
+        raise UserError(
+            f"{file}: the tokenizer of the language model that it names is not at hand ({reason}); pass --config "
+            f"FILE.json with a {VOCABULARY_FILE} beside it"
+        ) from error
 
 
 def _check_vocabulary(config: EDJEConfig, tokenizer: CaptionTokenizer, settings: _Settings, file: Path) -> None:
@@ -176,7 +201,7 @@ def _weight_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{path}: no such file or directory; expected a checkpoint (.pth or .safetensors)")
-    files = sorted(f for f in path.iterdir() if f.suffix in WEIGHT_SUFFIXES)
+    files = sorted(f for f in path.iterdir() if f.suffix in WEIGHT_SUFFIXES and f.is_file())
     if len(files) != 1:
         found = ", ".join(f.name for f in files) or "none"
         raise UserError(
@@ -187,10 +212,13 @@ def _weight_file(path: Path) -> Path:
 
 def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The flat state dict and the config that was saved with it (empty where there was none)."""
+    _check_format(file)
     if file.suffix == ".safetensors":
         return read_safetensors(file), {}
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols and sparse tensors: what matters is refused below
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{file}: holds more than tensors and plain values, and loading it could run code; "
@@ -199,10 +227,43 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except Exception as error:  # a damaged archive fails in many ways
         raise UserError(f"{file}: truncated or damaged ({' '.join(str(error).split())}); fetch it again") from error
     state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
         raise UserError(f"{file}: no state dict in it; expected names with tensors, or these under 'model'")
     named = content.get("config")
     return state, named if isinstance(named, dict) else {}
+
+
+def _check_format(file: Path) -> None:
+    """Raise UserError that says what the file seems to be, if that is not what its suffix says."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(64)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror}); pass a checkpoint (.pth or .safetensors)"
+        ) from error
+    if not head:
+        raise UserError(f"{file}: empty, as a truncated download is; fetch it again")
+    expected = "a safetensors file" if file.suffix == ".safetensors" else "a torch file"
+    found = _format(head)
+    if found != expected and found in ADVICE:
+        raise UserError(f"{file}: {found}, not {expected} as its name says; {ADVICE[found]}")
+    if found != expected and expected == "a torch file":  # a damaged safetensors file is told by its reader
+        raise UserError(
+            f"{file}: no torch file (it starts with {head[:16]!r}); pass a checkpoint (.pth or .safetensors)"
+        )
+
+
+def _format(head: bytes) -> str:
+    """What a file with these first bytes is, a key of ADVICE; empty where unknown."""
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "a web page"
+    # The length of a JSON header, then the header; first, for a length may look like the start of a pickle.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+        return "a safetensors file"
+    return "a torch file" if head.startswith((b"PK", b"\x80")) else ""
 
 
 def _untied(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -217,7 +278,21 @@ def _untied(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     return result
 
 
-def _from_json(path: Path) -> _Settings:
+def _tower_name(named: dict[str, Any]) -> str:
+    return str(named.get("siglip_path", "")).rstrip("/")
+
+
+def _backbone(tower: _Tower) -> BackboneConfig:
+    return BackboneConfig(name=tower.open_clip_name, pretrained="webli")
+
+
+def _known_tower(named: dict[str, Any]) -> _Tower | None:
+    return KNOWN_TOWERS.get(_tower_name(named).split("/")[-1].lower())
+
+
+def _from_json(path: Path, named: dict[str, Any]) -> _Settings:
+    """named: the config in the weight file; the JSON names no backbone."""
+    tower = _known_tower(named)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         vision, encoder, adapter = data["vision"], data["joint_encoder"], data.get("adapter", {})
@@ -248,22 +323,22 @@ def _from_json(path: Path) -> _Settings:
         raise UserError(f"{path}: cannot be read ({error.strerror}); pass the checkpoint's config.json") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not in the expected format ({error!r}); tests/parity has examples of it") from error
-    return from_dict(_Settings, values, where=str(path))
+    settings = from_dict(_Settings, values, where=str(path))
+    return replace(settings, backbone=_backbone(tower)) if tower else settings
 
 
 def _from_names(named: dict[str, Any], file: Path) -> _Settings:
-    names = [str(named.get(key, "")).rstrip("/") for key in ("siglip_path", "language_model_path")]
-    tower = KNOWN_TOWERS.get(names[0].split("/")[-1].lower())
-    language_model = KNOWN_LANGUAGE_MODELS.get(names[1].split("/")[-1].lower())
+    tower, name = _known_tower(named), str(named.get("language_model_path", "")).rstrip("/")
+    language_model = KNOWN_LANGUAGE_MODELS.get(name.split("/")[-1].lower())
     if tower is None or language_model is None:
         raise UserError(
-            f"{file}: names the vision tower {names[0]!r} and the language model {names[1]!r}; head counts, "
+            f"{file}: names the vision tower {_tower_name(named)!r} and the language model {name!r}; head counts, "
             f"activation and epsilons are known for {', '.join(KNOWN_TOWERS)} with "
             f"{', '.join(KNOWN_LANGUAGE_MODELS)} only; pass --config FILE.json"
         )
     return _Settings(
-        source="the models that it names",
-        backbone=BackboneConfig(name=tower.open_clip_name, pretrained="webli"),
+        source=NAMED,
+        backbone=_backbone(tower),
         num_patches=tower.num_patches,
         patch_width=tower.width,
         adapter_heads=tower.num_heads,
@@ -272,7 +347,7 @@ def _from_names(named: dict[str, Any], file: Path) -> _Settings:
         encoder_heads=language_model.num_heads,
         encoder_eps=1e-12,
         activation="gelu",
-        tokenizer=names[1],
+        tokenizer=name,
         embedding_width=tower.width,
         num_layers=language_model.num_layers,
         intermediate_size=language_model.intermediate_size,

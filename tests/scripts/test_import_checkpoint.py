@@ -3,11 +3,12 @@
 import json
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from models.edje import EDJE
 from models.errors import UserError
@@ -108,6 +109,18 @@ def test_settings_come_from_the_models_that_the_file_names(tmp_path, tensors, mi
     assert (config.adapter.num_heads, config.adapter.num_tokens, config.dims.num_patches) == (16, 64, 576)
     assert (config.encoder.num_heads, config.encoder.layer_norm_eps) == (12, 1e-12)
     assert (config.encoder.num_layers, config.encoder.max_positions) == (6, 512)
+
+
+def test_the_backbone_that_the_file_names_is_kept_with_a_config(tmp_path, tensors):
+    file = save_named(tmp_path, tensors, SIGLIP2_L16, "tiny-bert")
+    backbone = read_published(file, CASE / "config.json").config.backbone
+    assert (backbone.name, backbone.pretrained) == ("ViT-L-16-SigLIP2-384", "webli")
+
+
+def test_without_the_named_tokenizer_the_error_asks_for_a_config_with_a_vocabulary(tmp_path, tensors):
+    file = save_named(tmp_path, named_sizes(tensors), SIGLIP2_L16, str(tmp_path / "MiniLM-L6-H384-uncased"))
+    with pytest.raises(UserError, match=r"named.pth: .*pass --config FILE.json with a vocab.txt beside it$"):
+        read_published(file)
 
 
 def test_sizes_that_the_named_models_do_not_have_are_refused(tmp_path, tensors):
@@ -245,6 +258,25 @@ def test_each_single_tensor_must_be_there_and_have_its_shape(tmp_path, case):
     assert len(trained) > 40 and not out.exists()
 
 
+@pytest.mark.parametrize("name", ["classification_head.1.weight", "text_embeddings.weight"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor * float("nan"), "has values that are NaN or infinite"),
+        (lambda tensor: tensor + float("inf"), "has values that are NaN or infinite"),
+        (lambda tensor: tensor.to(torch.int8), "is of torch.int8"),
+        (lambda tensor: tensor.to(torch.complex64), "is of torch.complex64"),
+        (lambda tensor: tensor.to_sparse(), "is of torch.float32 and torch.sparse_coo"),
+        (lambda tensor: tensor.to("meta"), "is empty"),
+    ],
+)
+def test_a_tensor_that_holds_no_weights_is_named(tmp_path, tensors, name, change, message):
+    torch.save({"model": tensors | {name: change(tensors[name])}}, tmp_path / "published.pth")
+    with warnings.catch_warnings(), pytest.raises(UserError, match=f"published.pth: {name} {message}"):
+        warnings.simplefilter("error")  # each would be another line on stderr
+        read_published(tmp_path / "published.pth", CASE / "config.json")
+
+
 def test_a_file_of_another_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="no tensor .* of the published layout"):
         imported(tmp_path, {"weight": torch.ones(2)})
@@ -275,15 +307,46 @@ class Dangerous:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
-def test_a_pickle_that_is_more_than_tensors_is_refused_and_not_run(tmp_path, save):
-    save({"model": Dangerous(tmp_path / "touched")}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="evil.pth: holds more than tensors") as caught:
+@pytest.mark.parametrize(
+    "write",
+    [
+        torch.save,
+        lambda content, path: path.write_bytes(pickle.dumps(content, 2)),
+        lambda content, path: path.write_bytes(pickle.dumps(content, 4)),
+    ],
+)
+def test_a_pickle_that_is_more_than_tensors_is_refused_and_not_run(tmp_path, write):
+    write({"model": Dangerous(tmp_path / "touched")}, tmp_path / "evil.pth")
+    with warnings.catch_warnings(), pytest.raises(UserError, match="evil.pth: holds more than tensors") as caught:
+        warnings.simplefilter("error")  # of the pickle's protocol: another line on stderr
         read_published(tmp_path / "evil.pth")
     assert "\n" not in str(caught.value) and not (tmp_path / "touched").exists()
 
 
-@pytest.mark.parametrize("content", [[torch.ones(2)], {"model": {"epoch": 3}}, torch.ones(2)])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n", "a Git LFS pointer, not a"),
+        ("m.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "a Git LFS pointer, not a"),
+        ("m.bin", b"<!DOCTYPE html><html>404</html>", "a web page, not a torch file"),
+        ("m.pth", save({"w": torch.ones(2)}), "a safetensors file, not a torch file .* rename it to .safetensors"),
+        ("m.pth", b"\x80\x02" + bytes(6) + b"{" + b" " * 639, "a safetensors file, not a torch file"),
+        ("m.safetensors", b"PK\x03\x04", "a torch file, not a safetensors file .* rename it to .pth"),
+        ("m.pth", b"epoch,loss\n1,2\n", "no torch file .it starts with b'epoch,loss"),
+        ("m.pth", b"", "empty"),
+        ("m.safetensors", b"", "empty"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_told_by_what_it_is(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: {message}"):
+        read_published(tmp_path / name, CASE / "config.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{0: torch.ones(2)}, {"model": {0: torch.ones(2)}}, [torch.ones(2)], {"model": {"epoch": 3}}, torch.ones(2)],
+)
 def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(UserError, match="no state dict"):
