@@ -125,8 +125,8 @@ def check_weights(state: dict[str, Tensor], where: str | Path) -> None:
     """Raise UserError naming the first tensor that holds no weights: no dense floating-point values, or not finite."""
     for name, tensor in state.items():
         if tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point():
-            kind = "empty (of device meta)" if tensor.is_meta else f"of {tensor.dtype} and {tensor.layout}"
-            raise UserError(f"{where}: {name} is {kind}; expected dense floating-point values; save the weights so")
+            kind = "no data" if tensor.is_meta else tensor.dtype if tensor.layout == torch.strided else tensor.layout
+            raise UserError(f"{where}: {name} holds {kind}; expected dense floating-point values; save the weights so")
         if not tensor.float().isfinite().all():
             raise UserError(f"{where}: {name} has values that are NaN or infinite; take an undamaged checkpoint")
 

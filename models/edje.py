@@ -188,8 +188,8 @@ class EDJE(nn.Module):
         """Load a checkpoint directory, a run directory's latest checkpoint, or OWNER/NAME from the Hugging Face Hub;
         float32, evaluation mode. A directory that exists wins, and is read without network.
 
-        revision: branch, tag or commit on the Hub. Raises UserError naming the file if anything is missing, truncated
-        or misshapen, or that there is neither a directory nor a repository of that name."""
+        revision: branch, tag or commit on the Hub. Raises UserError naming the file if anything is missing, truncated,
+        misshapen or not finite, or that there is neither a directory nor a repository of that name."""
         directory = locate_checkpoint(directory, revision)
         config, state, tokenizer = read_checkpoint(directory)
         model = cls(config, tokenizer)

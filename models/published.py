@@ -384,7 +384,7 @@ def _check_names(tensors: dict[str, Tensor], file: Path) -> None:
     missing = [name for name in expected if name not in tensors and name not in TIED]
     if missing:
         raise UserError(
-            f"{file}: {len(missing)} tensors of the published layout missing: {shortened(missing, most=20)}; "
+            f"{file}: missing tensors of the published layout ({len(missing)}): {shortened(missing, most=20)}; "
             "fetch the file again, or save the whole state dict"
         )
 

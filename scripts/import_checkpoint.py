@@ -6,7 +6,7 @@ python scripts/import_checkpoint.py tests/parity/tiny_m4/checkpoint.safetensors 
 
 The file is a .pth or .safetensors in the layout of the Hub's shahafw/edje-vl-image-retrieval-reranker, or a directory
 with one. --config gives what tensors cannot tell (head counts, activation, epsilons, vocabulary); it is needed where
-the file does not name a backbone and language model that are known here.
+the file does not name a backbone and language model that are known here. Sizes that it states must be the tensors'.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def test_weights_that_are_not_finite_or_no_floating_point_are_named(model, saved
         state = dict(model.adapter.state_dict(prefix="adapter."))
         state["adapter.mlp.fc1.weight"] = change(state["adapter.mlp.fc1.weight"])
         save_file(state, saved / "model.safetensors")
-        with pytest.raises(UserError, match=r"model.safetensors: adapter.mlp.fc1.weight (has|is of torch.int8)"):
+        with pytest.raises(UserError, match=r"model.safetensors: adapter.mlp.fc1.weight (has|holds torch.int8)"):
             EDJE.from_pretrained(saved)
 
 

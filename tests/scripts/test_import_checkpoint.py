@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save, save_file
 
 from models.edje import EDJE
 from models.errors import UserError
-from models.published import FROZEN_TOWERS, LAYER, POSITIONS, TIED, TYPES, read_published
+from models.published import FROZEN_TOWERS, LAYER, POSITIONS, TIED, TYPES, our_name, read_published
 from scripts.import_checkpoint import import_checkpoint
 from tests.processes import ROOT, run_script
 
@@ -111,6 +111,14 @@ def test_settings_come_from_the_models_that_the_file_names(tmp_path, tensors, mi
     assert (config.encoder.num_layers, config.encoder.max_positions) == (6, 512)
 
 
+def test_a_local_model_of_576_tokens_on_512_positions_is_taken(tmp_path, minilm):
+    tensors = named_sizes(load_file(CASE.parent / "tiny_local" / "checkpoint.safetensors"))
+    file = save_named(tmp_path, tensors, SIGLIP2_L16, minilm, num_compressed_tokens=None)
+    published = read_published(file)
+    assert (len(tensors[POSITIONS]), published.config.encoder.max_positions) == (512, 640)
+    assert len(published.state[our_name(POSITIONS)]) == 640
+
+
 def test_the_backbone_that_the_file_names_is_kept_with_a_config(tmp_path, tensors):
     file = save_named(tmp_path, tensors, SIGLIP2_L16, "tiny-bert")
     backbone = read_published(file, CASE / "config.json").config.backbone
@@ -167,8 +175,8 @@ def test_all_missing_tensors_are_listed_under_their_names_in_the_file_and_nothin
         del tensors[name]
     with pytest.raises(UserError) as caught:
         imported(tmp_path, tensors)
-    listed = str(caught.value).split("layout missing: ")[1].split("; ")[0].split(", ")
-    assert str(caught.value).startswith(f"{tmp_path / 'published.safetensors'}: 5 tensors")
+    listed = str(caught.value).split("layout (5): ")[1].split("; ")[0].split(", ")
+    assert str(caught.value).startswith(f"{tmp_path / 'published.safetensors'}: missing tensors")
     assert sorted(listed) == sorted(missing) and not (tmp_path / "out").exists()
 
 
@@ -264,10 +272,10 @@ def test_each_single_tensor_must_be_there_and_have_its_shape(tmp_path, case):
     [
         (lambda tensor: tensor * float("nan"), "has values that are NaN or infinite"),
         (lambda tensor: tensor + float("inf"), "has values that are NaN or infinite"),
-        (lambda tensor: tensor.to(torch.int8), "is of torch.int8"),
-        (lambda tensor: tensor.to(torch.complex64), "is of torch.complex64"),
-        (lambda tensor: tensor.to_sparse(), "is of torch.float32 and torch.sparse_coo"),
-        (lambda tensor: tensor.to("meta"), "is empty"),
+        (lambda tensor: tensor.to(torch.int8), "holds torch.int8"),
+        (lambda tensor: tensor.to(torch.complex64), "holds torch.complex64"),
+        (lambda tensor: tensor.to_sparse(), "holds torch.sparse_coo"),
+        (lambda tensor: tensor.to("meta"), "holds no data"),
     ],
 )
 def test_a_tensor_that_holds_no_weights_is_named(tmp_path, tensors, name, change, message):
