@@ -393,13 +393,17 @@ def test_a_wrong_value_in_the_config_is_named(tmp_path, tensors, section, key, v
 
 
 @pytest.mark.parametrize("source", ["", "model.safetensors"])
-@pytest.mark.parametrize("out", ["", "model.safetensors"])
-def test_what_is_imported_is_never_overwritten(tmp_path, source, out):
-    file = tmp_path / "model.safetensors"
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_is_imported_is_never_overwritten(tmp_path, tensors, source, beside):
+    folder, file = tmp_path / "out", tmp_path / "out" / "model.safetensors"
+    if beside:  # a checkpoint of ours, which --out may replace, with the published weights in it
+        imported(tmp_path, tensors)
+    folder.mkdir(exist_ok=True)
     shutil.copy(CASE / "checkpoint.safetensors", file)
     before = file.read_bytes()
-    with pytest.raises(UserError, match="what is imported lies there|exists and is no plain checkpoint"):
-        import_checkpoint(tmp_path / source, tmp_path / out, CASE / "config.json")
+    for out in (folder, folder / ".." / "out", folder / source):
+        with pytest.raises(UserError, match="what is imported lies there"):
+            import_checkpoint(folder / source, out, CASE / "config.json")
     assert file.read_bytes() == before
 
 
