@@ -138,7 +138,7 @@ class RecordedPasses:
             self._run(size)  # whatever is set up at a first call must not be recorded
         torch.cuda.current_stream().wait_stream(stream)
         pool = next((recorded.pool() for recorded, _ in self._recorded.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may allocate
             result = self._run(size)
         return graph, result
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.checkpoint import load_state
+from models.checkpoint import load_state, weights_fingerprint
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
+from models.model_card import model_card
 from models.published import published_name, read_published
 
 OURS_ALONE = ("itc_logit_scale", "similarity_log_weight")
@@ -34,6 +35,8 @@ def import_checkpoint(source: Path, out: Path, config_json: Path | None) -> EDJE
     model = EDJE(config, tokenizer)
     initial = model.state_dict()
     load_state(model, state | {name: initial[name] for name in OURS_ALONE}, source, published_name)
+    # Whoever trained these weights says under which licence; nobody has told us.
+    model.card = model_card(config, out.name, weights=weights_fingerprint(model.state_dict()), license=None)
     model.save_pretrained(out)
     for name in unused:
         print(f"not used: {name}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save, save_file
 
 from models.edje import EDJE
@@ -58,6 +59,12 @@ def test_bfloat16_weights_come_out_as_float32():
     published = read_published(case / "checkpoint.safetensors", case / "config.json")
     assert stored["text_projection.weight"].dtype == torch.bfloat16
     assert {tensor.dtype for tensor in published.state.values()} == {torch.float32}
+
+
+def test_the_card_of_an_import_claims_no_licence(tmp_path, tensors):
+    model = imported(tmp_path, tensors)
+    model.save_pretrained(tmp_path / "again")
+    assert "license" not in yaml.safe_load((tmp_path / "again" / "README.md").read_text().split("---\n")[1])
 
 
 def test_one_name_of_tied_weights_is_enough(tmp_path, tensors):
