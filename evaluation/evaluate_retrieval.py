@@ -103,7 +103,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--backbone", help="directory or file with the backbone's weights, where they moved")
     parser.add_argument(
-        "--lambda-split", help="choose the fused score's lambda on this split and save it in the checkpoint"
+        "--lambda-split",
+        help="choose the fused score's lambda on this split, another than --split, and save it in the checkpoint",
     )
     parser.add_argument(
         "--out", help="directory of the results (default: evaluation-DATASET-SPLIT beside the checkpoint)"
@@ -121,6 +122,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Load, evaluate, write, print the table."""
     arguments = parse_arguments(argv)
+    check_lambda_split(arguments)
     logging.getLogger("open_clip").setLevel(logging.ERROR)
     with process_group(arguments.device) as ranks:
         with ranks.main_first():
@@ -134,17 +136,29 @@ def main(argv: list[str] | None = None) -> None:
         coco_ids = find_coco_ids(arguments, source, dataset, ranks)
         evaluator = Evaluator.load(arguments, checkpoint, source, ranks)
         if arguments.lambda_split:
-            evaluator.fit_lambda(source.load(arguments.lambda_split), checkpoint if own else None)
+            validation = source.load(arguments.lambda_split)
+            evaluator.fit_lambda(validation, arguments.lambda_split, checkpoint if own else None)
         results = evaluator.evaluate(dataset, arguments.folds, depth=DEPTH if coco_ids else 0)
         if ranks.is_main:
             run = run_directory(arguments.checkpoint, checkpoint)
             model = model_record(evaluator.model, run, source.name, arguments.setting)
             name = str(checkpoint) if own else "@".join(filter(None, (arguments.checkpoint, arguments.revision)))
-            summary = results_json(results, name, source.name, arguments.split, model)
+            lambda_split = evaluator.model.config.fusion_split
+            summary = results_json(results, name, source.name, arguments.split, model, lambda_split)
             if coco_ids:
                 add_extended_figures(summary, results, coco_ids)
             write_outputs(arguments, checkpoint, source, dataset, results, summary)
         ranks.barrier()
+
+
+def check_lambda_split(arguments: argparse.Namespace) -> None:
+    """Lambda must be chosen on images other than those that are evaluated."""
+    splits = [arguments.split, arguments.lambda_split]
+    if splits[0] == splits[1] or sorted(map(str, splits)) == ["restval", "train"]:  # train includes restval
+        raise UserError(
+            f"--lambda-split {splits[1]} would choose lambda on images of --split {splits[0]}, the one evaluated; "
+            "name another split, e.g. val"
+        )
 
 
 @dataclass
@@ -194,11 +208,12 @@ class Evaluator:
             depth=depth,
         )
 
-    def fit_lambda(self, validation: CaptionDataset, checkpoint: Path | None) -> None:
-        """Choose the fused score's lambda on a validation split, use it, and save it in `checkpoint` if given."""
+    def fit_lambda(self, validation: CaptionDataset, split: str, checkpoint: Path | None) -> None:
+        """Choose the fused score's lambda on a validation split, `split` by name, use it, and save it in `checkpoint`
+        if given."""
         check_pool(self.k, validation)
         chosen = choose_lambda(self.evaluate(validation))
-        self.model.config = replace(self.model.config, fusion_lambda=chosen)
+        self.model.config = replace(self.model.config, fusion_lambda=chosen, fusion_split=split)
         if self.ranks.is_main and checkpoint is None:
             print(f"lambda {chosen:g}, for these results only")
         elif self.ranks.is_main:

@@ -35,10 +35,18 @@ DIRECTION_ARRAYS = ("query_image", "item_image", "candidates", "similarities", "
 
 
 def results_json(
-    results: Results, checkpoint: str, dataset: str, split: str, model: dict[str, Any] | None = None
+    results: Results,
+    checkpoint: str,
+    dataset: str,
+    split: str,
+    model: dict[str, Any] | None = None,
+    lambda_split: str = "",
 ) -> dict[str, Any]:
-    """The content of results.json: recalls in percent, intervals in percentage points. model: model_record(...)."""
+    """The content of results.json: recalls in percent, intervals in percentage points. model: model_record(...);
+    lambda_split: the split that lambda was chosen on, where it is known."""
     names = {"checkpoint": checkpoint, "dataset": dataset, "split": split}
+    if lambda_split and results.t2i.fusion_lambda is not None:
+        names["lambda_split"] = lambda_split
     return names | ({"model": model} if model else {}) | results.summary()
 
 
@@ -58,7 +66,9 @@ def protocol(summaries: Sequence[dict[str, Any]]) -> str:
         score += f", which contains the first stage's cosine, learned weight {', '.join(weights)}"
     if "fused" in columns_of(*summaries):
         chosen = dict.fromkeys(f"{summary['t2i']['fused']['lambda']:g}" for summary in summaries)
-        score += f", or fused: match logit + λ × cosine, λ = {', '.join(chosen)} from validation"
+        splits = dict.fromkeys(summary.get("lambda_split", "") for summary in summaries)
+        origin = " and ".join(f"split {split}" if split else "validation" for split in splits)
+        score += f", or fused: match logit + λ × cosine, λ = {', '.join(chosen)} from {origin}"
     parts.append(score)
     return "; ".join(parts) + (f"; {len(summaries)} seeds" if len(summaries) > 1 else "") + "."
 

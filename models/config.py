@@ -175,6 +175,8 @@ class EDJEConfig:
     value: the embedder's logit scale, e.g. 100 for CLIP. 0: the head alone, as in the paper."""
     fusion_lambda: float | None = None
     """fused score = match logit + fusion_lambda * cosine; chosen on a validation split, None until one was seen."""
+    fusion_split: str = ""
+    """The split that fusion_lambda was chosen on; empty: not known."""
 
     def __post_init__(self):
         _check_at_least(self, "", 4, "max_caption_tokens")  # [CLS], one word piece, two [SEP]

@@ -99,7 +99,8 @@ class Run:
         if restored.config.adapter != self.model.config.adapter or restored.config.encoder != self.model.config.encoder:
             raise UserError(f"{latest}: its model is not the one configured; choose another output or the same model")
         self.model.load_state_dict(restored.state_dict())
-        self.model.config = replace(self.model.config, fusion_lambda=restored.config.fusion_lambda)
+        fusion = {name: getattr(restored.config, name) for name in ("fusion_lambda", "fusion_split")}
+        self.model.config = replace(self.model.config, **fusion)
         configured = [{key: group[key] for key in ("peak", "weight_decay")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(self.optimizer.param_groups, configured, strict=True):
@@ -225,7 +226,7 @@ def _validate(run: Run, features: Features, validation: CaptionDataset, run_log:
         caption_store=features.caption_store,
     )
     chosen = choose_lambda(results)
-    run.model.config = replace(run.model.config, fusion_lambda=chosen)
+    run.model.config = replace(run.model.config, fusion_lambda=chosen, fusion_split=run.config.data.val_split)
     run_log.evaluation(run.step, results.with_lambda(chosen))
 
 

@@ -175,6 +175,7 @@ def _from_checkpoint(config: RunConfig, features: Features) -> EDJE:
         backbone_fingerprint=named.backbone_fingerprint,
         residual_similarity=source.config.residual_similarity or named.residual_similarity,
         fusion_lambda=None,
+        fusion_split="",
     )
     source.encoder.extend_positions(model_config.max_caption_tokens + model_config.num_vision_tokens)
     encoder = replace(

@@ -128,6 +128,19 @@ def test_lambda_of_a_validation_split_is_saved_in_the_checkpoint_and_used_from_t
     for out in ("a", "b"):
         part = read(tmp_path / out)["t2i"]
         assert set(part) == DIRECTION_KEYS | FUSED_KEYS and part["fused"]["lambda"] == chosen
+        assert f"λ = {chosen:g} from split val." in (tmp_path / out / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("split", "other"), [("test", "test"), ("train", "restval"), ("restval", "train")])
+def test_lambda_is_never_chosen_on_the_split_that_is_evaluated(run, tmp_path, split, other):
+    config = run / "checkpoints" / "step-00000007" / "config.yaml"
+    before = config.read_bytes()
+    ended = run_script(
+        SCRIPT, "--checkpoint", run, "--split", split, "--lambda-split", other, "--out", tmp_path / "out"
+    )
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+    assert f"error: --lambda-split {other} would choose lambda on images of --split {split}" in ended.stderr
+    assert config.read_bytes() == before and not (tmp_path / "out").exists()
 
 
 def test_stores_named_by_the_run_stand_for_images_and_backbone(run, tmp_path, scenes, annotations, stores):
