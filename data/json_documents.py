@@ -52,7 +52,7 @@ def list_elements(file: Path) -> Iterator[Any]:
 @contextmanager
 def _opened(file: Path) -> Iterator[TextIO]:
     try:
-        with file.open(encoding="utf-8") as stream:
+        with file.open(encoding="utf-8-sig") as stream:  # editors of Windows write a byte order mark, also into UTF-8
             yield stream
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; pass the annotation file of the data set") from None
@@ -60,6 +60,8 @@ def _opened(file: Path) -> Iterator[TextIO]:
         raise UserError(f"{file}: cannot be read ({error.strerror}); pass an annotation file") from error
     except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
         raise UserError(f"{file}: not valid JSON ({error}); truncated or not an annotation file") from error
+    except RecursionError:
+        raise UserError(f"{file}: brackets are nested too deeply to be read; not an annotation file") from None
 
 
 class _Text:

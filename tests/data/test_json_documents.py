@@ -7,7 +7,7 @@ import random
 import pytest
 
 from data import json_documents
-from data.json_documents import is_list, list_elements
+from data.json_documents import is_list, list_elements, read_json
 from models.errors import UserError
 
 
@@ -48,6 +48,17 @@ def test_what_json_refuses_is_refused_with_the_files_name(tmp_path, chunk, text)
         json.load(io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode()), "utf-8"))
     with pytest.raises(UserError, match="rows.json: not valid JSON"):
         list(list_elements(write(tmp_path, text)))
+
+
+def test_a_byte_order_mark_is_not_part_of_the_document(tmp_path, chunk):
+    file = write(tmp_path, b"\xef\xbb\xbf" + b'[{"a": 1}]')
+    assert is_list(file) and list(list_elements(file)) == read_json(file) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("read", [read_json, lambda file: list(list_elements(file))])
+def test_brackets_nested_without_end_are_refused_with_the_files_name(tmp_path, read):
+    with pytest.raises(UserError, match="rows.json: brackets are nested too deeply"):
+        read(write(tmp_path, "[" * 100_000 + "]" * 100_000))
 
 
 def test_a_string_that_never_ends_is_not_read_to_the_end_of_the_file(tmp_path, monkeypatch):
