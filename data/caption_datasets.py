@@ -15,6 +15,9 @@ Held as columns (data/columns.py), not as objects, so that millions of captions 
 from __future__ import annotations
 
 import hashlib
+import os
+import posixpath
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,17 +104,18 @@ def load_annotations(
     then takes 1.5 GB in all, 4 workers and 0.9 GB of libraries included (benchmarks/lists_cpu.json).
 
     Raises UserError naming the file and the first row that is wrong: missing file, no JSON, no such split (with those
-    there are), no images, an image without captions or twice in a split, a blank caption or one that is no text,
-    missing image files."""
+    there are), no images, a path, split or subset that is no text of one line, an image without captions, twice in a
+    split, in two splits, or in two spellings of its path, a blank caption or one that is no text; `imgid` or `sentid`
+    twice in a Karpathy file; missing image files."""
     files = [Path(file) for file in ((files,) if isinstance(files, str | Path) else files)]
     twice = [str(file) for file, count in Counter(files).items() if count > 1]
     if twice:
         raise UserError(f"{twice[0]}: named twice; name each annotation file once")
     if cache is None:
-        dataset = _dataset(_read_columns(files, split), Path(root))
+        dataset = _dataset(_read_columns(files, split, root), Path(root))
     else:
         name = f"captions-{split or 'all'}"
-        folder, columns = cached_columns(Path(cache), name, files, lambda: _read_columns(files, split))
+        folder, columns = cached_columns(Path(cache), name, files, lambda: _read_columns(files, split, root))
         dataset = _dataset(columns, Path(root), folder)
     if check_images:
         dataset.check_images(", ".join(map(str, files)))
@@ -147,29 +151,84 @@ def read_field(file: str | Path, dataset: CaptionDataset, field: str) -> list[An
     return [values.get(image) for image in dataset.image_ids]
 
 
+def check_evaluation_list(file: Path) -> None:
+    """Raise UserError if a BLIP/ALBEF list gives an image one caption in two rows, which would count twice, or one
+    `image_id` to two images. Training lists are free to: their rows are many, and their sources may number alike."""
+    rows: set[tuple[str, str]] = set()
+    image_of_number: dict[int | str, str] = {}
+    for row in list_elements(file):
+        image_id, caption, number = row["image"], row["caption"], row.get("image_id")
+        if isinstance(caption, str):
+            if (image_id, caption) in rows:
+                raise UserError(f"{file}: image {image_id!r} has the caption {caption!r} in two rows; remove one")
+            rows.add((image_id, caption))
+        if isinstance(number, int | str):
+            other = image_of_number.setdefault(number, image_id)
+            if other != image_id:
+                raise UserError(
+                    f"{file}: images {other!r} and {image_id!r} have one image_id, {number!r}; give each its own"
+                )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON may hold half a surrogate pair, which no file or tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _image_id(image: dict[str, Any]) -> str:
     """Path of a Karpathy record's file, relative to the root."""
-    return (Path(image.get("filepath") or "") / image["filename"]).as_posix()
+    folder, name = image.get("filepath") or "", image["filename"]
+    path = f"{folder}/{name}" if folder else name
+    return (Path(folder) / name).as_posix() if _may_be_respelled(path) else path
 
 
-def _read_columns(files: Sequence[Path], split: str | None) -> Columns:
+def _may_be_respelled(path: str) -> bool:
+    """Whether a path may have a shorter spelling: a cheap look, for millions of them."""
+    return path[:1] in "./" or "/." in path or "//" in path or path[-1:] == "/"
+
+
+def _place(image_id: str, root: str) -> str:
+    """The plainest spelling of a path under the absolute `root`, by its letters alone: no file is looked at."""
+    if not _may_be_respelled(image_id):
+        return image_id
+    return posixpath.normpath(posixpath.join(root, image_id)).removeprefix(root.rstrip("/") + "/")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _read_columns(files: Sequence[Path], split: str | None, root: str | Path) -> Columns:
     """The columns of a CaptionDataset, as dataset fields are named, from the rows of all files."""
     ids, captions, labels = TextBuilder(), TextBuilder(), TextBuilder()
     digests, captions_of_row, is_list_row, first_rows = bytearray(), array("q"), bytearray(), [0]
+    respelled_rows, respelled_digests, root = array("q"), bytearray(), os.path.abspath(root)
     for file in files:
-        for image_id, caption, label in _rows(file, split):
+        for image_id, caption, label in _rows(file, split, root):
             texts = _checked(caption if isinstance(caption, list) else [caption], image_id, file)
             for text in texts:
                 captions.append(text)
             ids.append(image_id)
-            labels.append("" if label is None else str(label))
-            digests += hashlib.blake2b(image_id.encode(errors="surrogatepass"), digest_size=16).digest()
+            labels.append("" if label is None else label)
+            digests += _digest(image_id)
+            if _may_be_respelled(image_id) and (place := _place(image_id, root)) != image_id:
+                respelled_rows.append(len(captions_of_row))
+                respelled_digests += _digest(place)
             captions_of_row.append(len(texts))
             is_list_row.append(isinstance(caption, list))
         first_rows.append(len(captions_of_row))
         if first_rows[-1] == first_rows[-2]:
             raise UserError(f"{file}: it lists no images; pass an annotation file of a data set")
-    image_of_row = _number_by_first(np.frombuffer(digests, np.uint64).reshape(-1, 2))
+    digest_of_row = np.frombuffer(digests, np.uint64).reshape(-1, 2)
+    image_of_row = _number_by_first(digest_of_row)
+    if respelled_rows:
+        places = digest_of_row.copy()
+        places[np.frombuffer(respelled_rows, np.int64)] = np.frombuffer(respelled_digests, np.uint64).reshape(-1, 2)
+        _refuse_two_spellings(files, ids.column(), image_of_row, _number_by_first(places), first_rows)
     rows = np.argsort(image_of_row, kind="stable")  # the rows of an image one behind the other, in the files' order
     again = np.concatenate([[False], np.diff(image_of_row[rows]) == 0])
     _refuse_second_lists(files, ids.column(), rows, again, np.frombuffer(is_list_row, np.uint8), np.array(first_rows))
@@ -196,6 +255,20 @@ def _number_by_first(digests: np.ndarray) -> np.ndarray:
     return image_of_row
 
 
+def _refuse_two_spellings(
+    files: Sequence[Path], ids: TextColumn, image_of_row: np.ndarray, place_of_row: np.ndarray, first_rows: list[int]
+) -> None:
+    """Images that differ, numbered in the order of their first rows, must lie in places that differ."""
+    wrong = np.flatnonzero(place_of_row != image_of_row)
+    if len(wrong):
+        row = wrong[0]
+        other = np.argmax(place_of_row == place_of_row[row])
+        raise UserError(
+            f"{files[np.searchsorted(first_rows, row, side='right') - 1]}: image {ids[row]!r} is the file of "
+            f"{ids[other]!r} in another spelling; write its path in one"
+        )
+
+
 def _refuse_second_lists(
     files: Sequence[Path],
     ids: TextColumn,
@@ -211,32 +284,35 @@ def _refuse_second_lists(
     if len(wrong):
         first = wrong[rows[wrong].argmin()]
         raise UserError(
-            f"{files[file_of_row[first]]}: image '{ids[rows[first]]}' is listed twice; put its captions in one entry"
+            f"{files[file_of_row[first]]}: image {ids[rows[first]]!r} is listed twice; put its captions in one entry"
         )
 
 
-def _rows(file: Path, split: str | None) -> Iterator[Row]:
+def _rows(file: Path, split: str | None, root: str) -> Iterator[Row]:
     if is_list(file):
         return _list_rows(list_elements(file), file)
     document = read_json(file)
     if isinstance(document, dict) and isinstance(document.get("images"), list):
-        return _karpathy_rows(document["images"], split, file)
+        return _karpathy_rows(document["images"], split, file, root)
     raise UserError(f'{file}: expected {{"images": [...]}} (Karpathy) or a list of images with captions')
 
 
-def _karpathy_rows(images: list[Any], split: str | None, file: Path) -> Iterator[Row]:
+def _karpathy_rows(images: list[Any], split: str | None, file: Path, root: str) -> Iterator[Row]:
     names = ("train", "restval") if split == "train" else (split,)
     found: Counter[str] = Counter()
     for number, image in enumerate(images):
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str):
             raise UserError(f'{file}: images[{number}] has no "filename"; expected Karpathy\'s layout')
+        _check_names(image, ("filename", "filepath", "split", "subset"), f"{file}: images[{number}]")
+    ids = [_image_id(image) for image in images]
+    _refuse_repeated_numbers(images, ids, file, root)
+    for image, image_id in zip(images, ids, strict=True):
         found[str(image.get("split"))] += 1
         if split is not None and image.get("split") not in names:
             continue
-        image_id = _image_id(image)
         sentences = image.get("sentences") or []
         if not isinstance(sentences, list):
-            raise UserError(f"{file}: sentences of image '{image_id}' are {sentences!r}; expected a list")
+            raise UserError(f"{file}: sentences of image {image_id!r} are {sentences!r}; expected a list")
         captions = [s.get("raw") if isinstance(s, dict) else s for s in sentences]
         yield image_id, captions, image.get("subset")
     if split is not None and found and not any(found[name] for name in names):
@@ -244,19 +320,71 @@ def _karpathy_rows(images: list[Any], split: str | None, file: Path) -> Iterator
         raise UserError(f"{file}: no split {split!r}; there are {there}")
 
 
+def _refuse_repeated_numbers(images: list[dict[str, Any]], ids: list[str], file: Path, root: str) -> None:
+    """Over all splits of a Karpathy file: an image in one split, `imgid` and `sentid` once where they are given."""
+    split_of_place: dict[str, Any] = {}
+    image_of_number: dict[int | str, str] = {}
+    image_of_sentence: dict[int | str, str] = {}
+    for image, image_id in zip(images, ids, strict=True):
+        place, split, number = _place(image_id, root), image.get("split"), image.get("imgid")
+        if place in split_of_place:
+            if split != split_of_place[place]:
+                raise UserError(
+                    f"{file}: image {image_id!r} is in the splits {split_of_place[place]!r} and {split!r}; an image "
+                    "belongs to one, remove it from the other"
+                )
+            continue  # twice in one split, which is said where that split is read
+        split_of_place[place] = split
+        if isinstance(number, int | str) and image_of_number.setdefault(number, image_id) != image_id:
+            raise UserError(
+                f"{file}: images {image_of_number[number]!r} and {image_id!r} have one imgid, {number!r}; "
+                "give each its own"
+            )
+        sentences = image.get("sentences")
+        for sentence in sentences if isinstance(sentences, list) else ():
+            number = sentence.get("sentid") if isinstance(sentence, dict) else None
+            if not isinstance(number, int | str):
+                continue
+            if number in image_of_sentence:
+                raise UserError(
+                    f"{file}: two captions, of the images {image_of_sentence[number]!r} and {image_id!r}, have one "
+                    f"sentid, {number!r}; give each its own"
+                )
+            image_of_sentence[number] = image_id
+
+
+_UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Control characters, ends of lines and halves of surrogate pairs."""
+
+
+def _check_names(record: dict[str, Any], fields: Sequence[str], where: str) -> None:
+    """Raise UserError unless these fields, where there are any, are text of one line."""
+    for field in fields:
+        value = record.get(field)
+        if value is None or (isinstance(value, str) and (value.isprintable() or not _UNFIT_FOR_NAMES.search(value))):
+            continue
+        raise UserError(f'{where}: "{field}" is {value!r}; expected text of one line')
+
+
 def _list_rows(rows: Iterable[Any], file: Path) -> Iterator[Row]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("image"), str) or "caption" not in row:
             raise UserError(f'{file}: row {number} lacks "image" or "caption"; expected the layout of BLIP or ALBEF')
+        if not row["image"].isprintable() or "subset" in row:
+            _check_names(row, ("image", "subset"), f"{file}: row {number}")
         yield row["image"], row["caption"], row.get("subset")
 
 
 def _checked(captions: list[Any], image_id: str, file: Path) -> list[str]:
     if not captions:
-        raise UserError(f"{file}: image '{image_id}' has no captions; give it one or remove it")
+        raise UserError(f"{file}: image {image_id!r} has no captions; give it one or remove it")
     for caption in captions:
         if not isinstance(caption, str):
-            raise UserError(f"{file}: image '{image_id}' has the caption {caption!r}; expected text")
+            raise UserError(f"{file}: image {image_id!r} has the caption {caption!r}; expected text")
+        if not (caption.isascii() or is_unicode(caption)):
+            raise UserError(
+                f"{file}: image {image_id!r} has the caption {caption!r}, with half a surrogate pair; write it as UTF-8"
+            )
         if not caption.strip():
-            raise UserError(f"{file}: image '{image_id}' has an empty caption; remove it")
+            raise UserError(f"{file}: image {image_id!r} has an empty caption; remove it")
     return captions

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from data.caption_datasets import CaptionDataset, load_annotations
+from data.caption_datasets import CaptionDataset, check_evaluation_list, load_annotations
 from data.json_documents import is_list
 from data.named_datasets import NAMED_DATASETS
 from evaluation.eccv import DEPTH, CocoIds, add_extended_figures, may_be_coco_test, read_coco_ids
@@ -71,8 +71,12 @@ class Source:
     def load(self, split: str) -> CaptionDataset:
         """One split; image files are looked for unless a store stands for them."""
         if self.annotations is None:
-            return NAMED_DATASETS[self.name].load(self.root, split, check_images=not self.store)
-        return load_annotations(self.annotations, self.root, split, check_images=not self.store)
+            dataset = NAMED_DATASETS[self.name].load(self.root, split, check_images=not self.store)
+        else:
+            dataset = load_annotations(self.annotations, self.root, split, check_images=not self.store)
+        if is_list(self.file(split)):
+            check_evaluation_list(self.file(split))
+        return dataset
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

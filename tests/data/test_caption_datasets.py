@@ -7,7 +7,7 @@ import random
 import pytest
 from PIL import Image
 
-from data.caption_datasets import load_annotations
+from data.caption_datasets import check_evaluation_list, load_annotations
 from models.errors import UserError
 
 
@@ -15,6 +15,21 @@ def karpathy(*images) -> dict:
     """Images as (filename, split, captions)."""
     keys = ("filename", "split", "sentences")
     return {"images": [dict(zip(keys, (f, s, [{"raw": c} for c in cs]), strict=True)) for f, s, cs in images]}
+
+
+def numbered(*images) -> dict:
+    """Images as (filename, split, imgid, sentid), one caption each."""
+    document = karpathy(*((filename, split, ["x"]) for filename, split, _, _ in images))
+    for image, (_, _, imgid, sentid) in zip(document["images"], images, strict=True):
+        image["imgid"], image["sentences"][0]["sentid"] = imgid, sentid
+    return document
+
+
+def with_fields(**fields) -> dict:
+    """One image with these fields beside or in place of its own."""
+    document = karpathy(("a.jpg", "test", ["x"]))
+    document["images"][0] |= fields
+    return document
 
 
 def load(tmp_path, document, split="test", **options):
@@ -77,6 +92,20 @@ def test_a_list_with_a_row_a_caption_equals_one_with_lists(tmp_path):
         (karpathy(("a.jpg", "test", ["x"]), ("a.jpg", "test", ["y"])), "'a.jpg' is listed twice"),
         ({"images": [{"filename": "a.jpg", "split": "test", "sentences": "a cat"}]}, "expected a list"),
         ({"images": [{"split": "test"}]}, r"images\[0\] has no \"filename\""),
+        (with_fields(filepath=7), r'images\[0\]: "filepath" is 7; expected text'),
+        (with_fields(filepath=["a"]), r'"filepath" is \[\'a\'\]; expected text'),
+        (with_fields(split=3), '"split" is 3; expected text'),
+        (with_fields(subset=["style"]), '"subset" is .*; expected text'),
+        (with_fields(filename="a\nb.jpg"), r'"filename" is \'a\\nb.jpg\'; expected text of one line'),
+        (karpathy(("a.jpg", "test", ["bad \ud800 text"])), "'a.jpg' has the caption .*half a surrogate pair"),
+        (karpathy(("a.jpg", "test", ["x"]), ("a.jpg", "val", ["y"])), "'a.jpg' is in the splits 'test' and 'val'"),
+        (karpathy(("a.jpg", "test", ["x"]), ("b/../a.jpg", "val", ["y"])), "'b/../a.jpg' is in the splits"),
+        (karpathy(("a.jpg", "test", ["x"]), ("b/../a.jpg", "test", ["y"])), "'b/../a.jpg' is the file of 'a.jpg'"),
+        (numbered(("a.jpg", "test", 5, 1), ("b.jpg", "val", 5, 2)), "'a.jpg' and 'b.jpg' have one imgid, 5"),
+        (numbered(("a.jpg", "test", 5, 1), ("b.jpg", "val", 6, 1)), "'a.jpg' and 'b.jpg', have one sentid, 1"),
+        ([{"image": "a.jpg", "caption": "x", "subset": 3}], 'row 0: "subset" is 3'),
+        ([{"image": "a\nb.jpg", "caption": "x"}], 'row 0: "image" is'),
+        ([{"image": "b.jpg", "caption": "x"}, {"image": "./b.jpg", "caption": "x"}], "is the file of 'b.jpg'"),
         ([{"image": "a.jpg"}], "row 0 lacks"),
         ([{"image": "a.jpg", "caption": None}], "'a.jpg' has the caption None"),
         ([{"image": "a.jpg", "caption": []}], "'a.jpg' has no captions"),
@@ -87,6 +116,40 @@ def test_a_wrong_file_is_an_error_of_one_line_that_names_it(tmp_path, document, 
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path, document)
     assert "captions.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("other", ["../{root}/a.jpg", "{path}/a.jpg", "x/..//a.jpg"])
+def test_a_path_that_leads_back_into_the_root_is_the_same_image(tmp_path, other):
+    other = other.format(root=tmp_path.name, path=tmp_path)
+    rows = [{"image": "b.jpg", "caption": "x"}, {"image": "a.jpg", "caption": "x"}, {"image": other, "caption": "y"}]
+    with pytest.raises(UserError, match="is the file of 'a.jpg' in another spelling"):
+        load(tmp_path, rows)
+    assert load(tmp_path, [rows[0], rows[2], rows[2]]).image_ids == ["b.jpg", other]  # consistent: left as it is
+
+
+def test_equal_captions_and_numbers_that_public_files_repeat_are_read(tmp_path):
+    """COCO has images with one caption twice; BLIP's training lists repeat image_id over the rows of an image."""
+    document = numbered(("a.jpg", "test", 0, 0), ("b.jpg", "test", 1, 1))
+    document["images"][0]["sentences"].append({"raw": "x", "sentid": 2})
+    assert load(tmp_path, document).captions == ["x", "x", "x"]
+    rows = [{"image": "a.jpg", "caption": "x", "image_id": "coco_1"}] * 2
+    assert load(tmp_path, rows).captions == ["x", "x"]
+
+
+def test_an_evaluation_list_has_no_row_twice_and_no_number_of_two_images(tmp_path):
+    file = tmp_path / "test.json"
+    rows = [{"image": image, "caption": caption, "image_id": image} for image in "ab" for caption in "xy"]
+    lists = [{"image": "a", "caption": ["x", "x"], "image_id": 0}, {"image": "b", "caption": ["x"], "image_id": 1}]
+    for right in (rows, lists):
+        file.write_text(json.dumps(right))
+        check_evaluation_list(file)
+    for wrong, message in (
+        (rows * 2, "test.json: image 'a' has the caption 'x' in two rows"),
+        ([row | {"image_id": 7} for row in rows], "test.json: images 'a' and 'b' have one image_id, 7"),
+    ):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=message):
+            check_evaluation_list(file)
 
 
 def test_a_missing_file_or_a_directory_is_an_error(tmp_path):

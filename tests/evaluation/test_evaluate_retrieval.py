@@ -228,6 +228,9 @@ def test_lists_are_never_taken_for_a_split_that_they_are_not(run, scenes, annota
         evaluate(*arguments, "--lambda-split", "val")
     evaluate(*arguments)
     assert read(tmp_path / "out")["captions"] == 60
+    (tmp_path / "test.json").write_text(json.dumps(rows + rows[:1]))
+    with pytest.raises(UserError, match="test.json: image .* in two rows"):
+        evaluate(*arguments)
 
 
 def test_a_missing_image_is_named_before_anything_is_computed(run, annotations, tmp_path):
