@@ -22,7 +22,7 @@ import numpy as np
 
 from models.errors import UserError
 
-_VERSION = 1
+_VERSION = 2
 """Of the cached columns' layout and content: raise it when either changes."""
 _TAKE = 1 << 13
 """Strings that take() moves at once; it holds an index of 8 bytes for each of their bytes."""

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from models.errors import UserError
 from models.images import ImageError, open_image
 
-from .caption_datasets import CaptionDataset
+from .caption_datasets import CaptionDataset, is_unicode
 from .columns import Columns, TextBuilder, TextColumn, cached_columns, open_columns
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -232,11 +232,17 @@ def _caption(content: io.BufferedReader, members: dict[str, tarfile.TarInfo], ke
         content.seek(member.offset_data)
         raw = content.read(member.size)
         try:
-            caption = raw.decode() if "txt" in members else json.loads(raw).get("caption")
-        except (ValueError, AttributeError) as error:
+            # Without the byte order mark that some editors put before UTF-8; json.loads drops it itself.
+            caption = raw.decode("utf-8-sig") if "txt" in members else json.loads(raw).get("caption")
+        except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}: member {member.name!r} cannot be read ({error}); write the shard again") from None
     if not isinstance(caption, str) or not caption.strip():
         raise UserError(
             f'{file}: sample {key!r} has no caption (.txt, or "caption" in .json); write the shard again without it'
+        )
+    if not is_unicode(caption):
+        raise UserError(
+            f"{file}: sample {key!r} has the caption {caption!r}, with half a surrogate pair; write the shard again "
+            "with captions in UTF-8"
         )
     return caption

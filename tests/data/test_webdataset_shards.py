@@ -121,6 +121,14 @@ def test_captions_may_be_in_the_json_alone_and_other_members_are_ignored(tmp_pat
     assert dataset.image_ids == ["a.tar/000000001.jpg", "a.tar/./more/000000002.jpg"]
 
 
+def test_a_byte_order_mark_is_not_part_of_a_caption(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    members = [*sample(1)[:1], ("000000001.txt", mark + b"a red ball")]
+    members += [*sample(2)[:1], ("000000002.json", mark + b'{"caption": "two dogs"}')]
+    write_tar(tmp_path / "a.tar", members)
+    assert load_shards("a.tar", tmp_path, tmp_path / "cache").captions == ["a red ball", "two dogs"]
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -128,6 +136,8 @@ def test_captions_may_be_in_the_json_alone_and_other_members_are_ignored(tmp_pat
         ([*sample(1)[:1], ("000000001.txt", b" \n")], "sample '000000001' has no caption"),
         ([*sample(1)[:1], ("000000001.json", b'{"caption": null}')], "sample '000000001' has no caption"),
         ([*sample(1)[:1], ("000000001.json", b'["a"]')], "member '000000001.json' cannot be read"),
+        ([*sample(1)[:1], ("000000001.json", b'{"caption": "bad \\ud800"}')], ".*has the caption .*half"),
+        ([*sample(1)[:1], ("000000001.json", b"[" * 100_000)], "member '000000001.json' cannot be read"),
         ([*sample(1)[:1], ("000000001.txt", b"\xff")], "member '000000001.txt' cannot be read"),
         (sample(1)[1:], "sample '000000001' has 0 images"),
         ([*sample(1), ("000000001.png", b"")], "sample '000000001' has 2 images"),
