@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from models.errors import UserError
-from models.images import open_image
+from models.images import may_be_image, open_image
 
 from .columns import Columns, TextBuilder, TextColumn, cached_columns, open_columns
 from .json_documents import is_list, list_elements, read_json
@@ -75,12 +75,13 @@ class CaptionDataset:
         return stream.permutation(np.arange(len(self), dtype=np.int32))
 
     def check_images(self, file: str | Path) -> None:
-        """Raise UserError, naming the first, if image files are missing; `file` lists them."""
-        missing = [i for i in range(len(self)) if not self.path(i).is_file()]
+        """Raise UserError, naming the first, if image files are missing or empty; `file` lists them."""
+        missing = [i for i in range(len(self)) if not may_be_image(self.path(i))]
         if missing:
             raise UserError(
-                f"{self.path(missing[0])}: no such image; {len(missing)} of the {len(self)} images of {file} are "
-                f"missing under {self.root}; pass the folder that the file's paths start from as data root"
+                f"{self.path(missing[0])}: no such image, or an empty file; {len(missing)} of the {len(self)} images "
+                f"of {file} are so under {self.root}; pass the folder that the file's paths start from as data root, "
+                "or fetch the images again"
             )
 
     def caption_range(self, image: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.errors import UserError
+from models.images import may_be_image
 
 from .caption_datasets import CaptionDataset, load_annotations
 
@@ -53,12 +54,12 @@ class NamedDataset:
         """The folder that image paths start from: the one under which most of the first 100 images exist."""
         first = dataset.image_ids[:100]
         folders = [Path(root) / folder for folder in self.image_folders]
-        return max(folders, key=lambda folder: sum((folder / image_id).is_file() for image_id in first))
+        return max(folders, key=lambda folder: sum(may_be_image(folder / image_id) for image_id in first))
 
     def load(self, root: str | Path, split: str, check_images: bool = True) -> CaptionDataset:
         """One split, `train`, `val` or `test`, of the published size.
 
-        Raises UserError naming the file: absent, not readable, of another size, or images missing."""
+        Raises UserError naming the file: absent, not readable, of another size, or images missing or empty."""
         if split not in self.sizes:
             raise UserError(f"{self.title} has no split {split!r}; it has {', '.join(self.sizes)}")
         file = self.annotations(root, split)

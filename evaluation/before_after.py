@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from html import escape
 
 from data.caption_datasets import CaptionDataset
+from models.images import may_be_image
 
 from .output import COLUMN_TITLES, DIRECTION_TITLES
 from .results import Results
@@ -23,7 +24,7 @@ def before_after_gallery(results: Results, dataset: CaptionDataset, column: str)
     }
     if not any(examples.values()):
         return ""
-    if not all(dataset.path(image).is_file() for image in _images_shown(results, examples)):
+    if not all(may_be_image(dataset.path(image)) for image in _images_shown(results, examples)):
         return '<h2>Before and after</h2><p class="note">The images are not on this machine.</p>'
     parts = [
         "<h2>Before and after</h2>",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +14,15 @@ from .errors import UserError
 
 class ImageError(UserError):
     """An image that cannot be read: missing, not an image, cut short, or beyond PIL's size limit."""
+
+
+def may_be_image(path: str | Path) -> bool:
+    """Whether a file is there that has any bytes: a look at the folder, not into the file."""
+    try:
+        found = Path(path).stat()
+    except (OSError, ValueError):  # absent, or a name that no file can have: too long, or with a null character
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size > 0
 
 
 def open_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data.caption_datasets import CaptionDataset
 from data.named_datasets import NAMED_DATASETS, SPLITS, NamedDataset
 from models.errors import UserError, run_entry_point
-from models.images import ImageError, open_image
+from models.images import ImageError, may_be_image, open_image
 
 
 def check_split(named: NamedDataset, root: Path, split: str, problems: list[str]) -> CaptionDataset | None:
@@ -32,14 +32,14 @@ def check_split(named: NamedDataset, root: Path, split: str, problems: list[str]
     except UserError as error:
         problems.append(f"{split}: {error}")
         return None
-    missing = [image_id for i, image_id in enumerate(dataset.image_ids) if not dataset.path(i).is_file()]
+    missing = [image_id for i, image_id in enumerate(dataset.image_ids) if not may_be_image(dataset.path(i))]
     print(
         f"{split}: {len(dataset):,} images and {len(dataset.captions):,} captions, as published; "
         f"{len(dataset) - len(missing):,} image files are there ({named.annotations(root, split)}, {dataset.root})"
     )
     if missing:
         problems.append(
-            f"{split}: {len(missing):,} of {len(dataset):,} images are missing under {dataset.root}: "
+            f"{split}: {len(missing):,} of {len(dataset):,} images are missing or empty under {dataset.root}: "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
     return dataset
@@ -47,7 +47,7 @@ def check_split(named: NamedDataset, root: Path, split: str, problems: list[str]
 
 def check_decoding(datasets: list[CaptionDataset], count: int, problems: list[str]) -> None:
     """Decode `count` random images of those that are there, the same ones each time."""
-    paths = [dataset.path(i) for dataset in datasets for i in range(len(dataset)) if dataset.path(i).is_file()]
+    paths = [dataset.path(i) for dataset in datasets for i in range(len(dataset)) if may_be_image(dataset.path(i))]
     sample = random.Random(0).sample(paths, min(count, len(paths)))
     unreadable = 0
     for path in tqdm(sample, desc="decode", unit="image"):

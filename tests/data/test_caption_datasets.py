@@ -159,11 +159,16 @@ def test_a_missing_file_or_a_directory_is_an_error(tmp_path):
         load_annotations(tmp_path, tmp_path, "test")
 
 
-def test_missing_images_are_counted_and_the_first_named(tmp_path):
+def test_missing_and_empty_images_are_counted_and_the_first_named(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     document = karpathy(*((f"{name}.png", "test", ["x"]) for name in "abc"))
-    with pytest.raises(UserError, match=r"b.png: no such image; 2 of the 3 images"):
+    with pytest.raises(UserError, match=r"b.png: no such image, or an empty file; 2 of the 3 images"):
         load(tmp_path, document, check_images=True)
+    (tmp_path / "b.png").touch()
+    with pytest.raises(UserError, match=r"b.png: .* an empty file; 2 of the 3 images"):
+        load(tmp_path, document, check_images=True)
+    with pytest.raises(UserError, match=r"aaa.png: no such image"):  # longer than a file's name can be
+        load(tmp_path, karpathy(("a" * 5000 + ".png", "test", ["x"])), check_images=True)
     assert len(load(tmp_path, karpathy(("a.png", "test", ["x"])), check_images=True)) == 1
 
 

@@ -32,7 +32,7 @@ def write_family(root, family, dataset=SMALL, images="flickr30k-images"):
 def touch(folder, names):
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / name).touch()
+        (folder / name).write_bytes(b"x")
 
 
 @pytest.mark.parametrize("family", ["karpathy", "lists"])
@@ -81,6 +81,6 @@ def test_an_absent_file_names_both_families_and_an_unknown_split_the_known(tmp_p
 def test_missing_images_are_counted(tmp_path):
     write_family(tmp_path, "lists")
     touch(tmp_path / "flickr30k-images", ["test1.jpg"])
-    with pytest.raises(UserError, match="test0.jpg: no such image; 1 of the 2 images"):
+    with pytest.raises(UserError, match="test0.jpg: no such image, or an empty file; 1 of the 2 images"):
         SMALL.load(tmp_path, "test")
     assert len(SMALL.load(tmp_path, "test", check_images=False)) == 2

@@ -234,7 +234,7 @@ def test_lists_are_never_taken_for_a_split_that_they_are_not(run, scenes, annota
 
 
 def test_a_missing_image_is_named_before_anything_is_computed(run, annotations, tmp_path):
-    with pytest.raises(UserError, match=r"no such image; 12 of the 12 images"):
+    with pytest.raises(UserError, match=r"no such image, or an empty file; 12 of the 12 images"):
         evaluate("--checkpoint", run, "--dataset", annotations, "--data-root", tmp_path)
 
 

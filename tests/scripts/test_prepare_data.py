@@ -43,10 +43,18 @@ def test_what_is_missing_is_listed_with_its_sources_and_ends_in_exit_code_2(flic
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert ended.stderr.strip().splitlines()[-1].startswith(f"error: {flickr}: Flickr30k is not complete, 3 problems")
     assert "neither dataset_flickr30k.json (Karpathy) nor flickr30k_val.json" in ended.stdout
-    assert "test: 1 of 1,000 images are missing" in ended.stdout and "flickr30k-images/7.jpg" in ended.stdout
+    assert "test: 1 of 1,000 images are missing or empty" in ended.stdout and "flickr30k-images/7.jpg" in ended.stdout
     assert f"{damaged}: not an image" in ended.stdout and "decoded 998 of 999" in ended.stdout
     assert "caption_datasets.zip" in ended.stdout and "shannon.cs.illinois.edu" in ended.stdout
     assert "complete.\n" not in ended.stdout
+
+
+def test_an_empty_file_counts_as_missing(flickr):
+    for file in (flickr / "flickr30k-images").iterdir():
+        file.unlink()
+        file.touch()
+    ended = run_script(SCRIPT, "flickr30k", "--root", flickr, "--splits", "test")
+    assert ended.returncode == 2 and "test: 1,000 of 1,000 images are missing or empty" in ended.stdout
 
 
 def test_another_size_is_named_with_the_published_one(flickr):
