@@ -96,11 +96,13 @@ def load_annotations(
     split: str | None,
     check_images: bool = False,
     cache: str | Path | None = None,
+    document: Any = None,
 ) -> CaptionDataset:
     """Read one split of an annotation file, or all (None); `check_images` also looks whether every image file exists.
 
     Several files are read as one: an image that two of them list has the captions of both. With `cache`, a folder, the
-    columns are written there once and memory-mapped from then on. For a BLIP/ALBEF list, which is one split, `split`
+    columns are written there once and memory-mapped from then on. `document` is a Karpathy file's content where it was
+    read already, for one split after the other. For a BLIP/ALBEF list, which is one split, `split`
     chooses nothing. Reading 5M pairs peaks at 1.5 GB, once; training from them
     then takes 1.5 GB in all, 4 workers and 0.9 GB of libraries included (benchmarks/lists_cpu.json).
 
@@ -113,10 +115,10 @@ def load_annotations(
     if twice:
         raise UserError(f"{twice[0]}: named twice; name each annotation file once")
     if cache is None:
-        dataset = _dataset(_read_columns(files, split, root), Path(root))
+        dataset = _dataset(_read_columns(files, split, root, document), Path(root))
     else:
         name = f"captions-{split or 'all'}"
-        folder, columns = cached_columns(Path(cache), name, files, lambda: _read_columns(files, split, root))
+        folder, columns = cached_columns(Path(cache), name, files, lambda: _read_columns(files, split, root, document))
         dataset = _dataset(columns, Path(root), folder)
     if check_images:
         dataset.check_images(", ".join(map(str, files)))
@@ -203,13 +205,13 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def _read_columns(files: Sequence[Path], split: str | None, root: str | Path) -> Columns:
+def _read_columns(files: Sequence[Path], split: str | None, root: str | Path, document: Any) -> Columns:
     """The columns of a CaptionDataset, as dataset fields are named, from the rows of all files."""
     ids, captions, labels = TextBuilder(), TextBuilder(), TextBuilder()
     digests, captions_of_row, is_list_row, first_rows = bytearray(), array("q"), bytearray(), [0]
     respelled_rows, respelled_digests, root = array("q"), bytearray(), os.path.abspath(root)
     for file in files:
-        for image_id, caption, label in _rows(file, split, root):
+        for image_id, caption, label in _rows(file, split, root, document):
             texts = _checked(caption if isinstance(caption, list) else [caption], image_id, file)
             for text in texts:
                 captions.append(text)
@@ -289,10 +291,10 @@ def _refuse_second_lists(
         )
 
 
-def _rows(file: Path, split: str | None, root: str) -> Iterator[Row]:
-    if is_list(file):
+def _rows(file: Path, split: str | None, root: str, document: Any) -> Iterator[Row]:
+    if document is None and is_list(file):
         return _list_rows(list_elements(file), file)
-    document = read_json(file)
+    document = read_json(file) if document is None else document
     if isinstance(document, dict) and isinstance(document.get("images"), list):
         return _karpathy_rows(document["images"], split, file, root)
     raise UserError(f'{file}: expected {{"images": [...]}} (Karpathy) or a list of images with captions')

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from models.errors import UserError
 from models.images import may_be_image
@@ -20,6 +21,8 @@ from .caption_datasets import CaptionDataset, load_annotations
 SPLITS = ("train", "val", "test")
 ANNOTATION_FOLDERS = ("", "annotations", "annotation", "caption_datasets")
 """Where annotation files lie under the root: beside the images, in BLIP's folder, or as Karpathy's archive unpacks."""
+WHERE_TO_GET = "; scripts/prepare_data.py says where people get it"
+"""End of the errors about a file to fetch; that script itself leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ class NamedDataset:
     """Folders under the root that image paths may start from: as the archives unpack, and as people rename them."""
     sizes: dict[str, tuple[int, int]]
     """Split -> images and captions. COCO's `train` includes restval."""
-    sources: tuple[tuple[str, str], ...]
+    annotation_sources: tuple[tuple[str, str], ...]
     """What is to be fetched, and where people get it."""
+    image_sources: tuple[tuple[str, str], ...]
 
     def annotations(self, root: str | Path, split: str) -> Path:
         """The file with a split's captions. Raises UserError naming the files of both families if there is none."""
@@ -46,8 +50,8 @@ class NamedDataset:
                 if file.is_file():
                     return file
         raise UserError(
-            f"{root}: neither {names[0]} (Karpathy) nor {names[1]} (BLIP, ALBEF) is in it; put one of them there; "
-            "scripts/prepare_data.py says where people get them"
+            f"{root}: neither {names[0]} (Karpathy) nor {names[1]} (BLIP, ALBEF) is in it; put one of them there"
+            f"{WHERE_TO_GET}"
         )
 
     def image_root(self, root: str | Path, dataset: CaptionDataset) -> Path:
@@ -56,14 +60,14 @@ class NamedDataset:
         folders = [Path(root) / folder for folder in self.image_folders]
         return max(folders, key=lambda folder: sum(may_be_image(folder / image_id) for image_id in first))
 
-    def load(self, root: str | Path, split: str, check_images: bool = True) -> CaptionDataset:
-        """One split, `train`, `val` or `test`, of the published size.
+    def load(self, root: str | Path, split: str, check_images: bool = True, document: Any = None) -> CaptionDataset:
+        """One split, `train`, `val` or `test`, of the published size. document: as load_annotations() takes it.
 
         Raises UserError naming the file: absent, not readable, of another size, or images missing or empty."""
         if split not in self.sizes:
             raise UserError(f"{self.title} has no split {split!r}; it has {', '.join(self.sizes)}")
         file = self.annotations(root, split)
-        dataset = load_annotations(file, root, split)
+        dataset = load_annotations(file, root, split, document=document)
         self._check_size(dataset, split, file)
         dataset = replace(dataset, root=self.image_root(root, dataset))
         if check_images:
@@ -76,7 +80,7 @@ class NamedDataset:
             raise UserError(
                 f"{file}: its {split} split has {found[0]:,} images and {found[1]:,} captions, {self.title}'s has "
                 f"{expected[0]:,} and {expected[1]:,}; recall on a set of another size is not comparable, so get the "
-                "published file (scripts/prepare_data.py says where), or pass it as --dataset FILE.json"
+                f"published file, or pass this one as --dataset FILE.json{WHERE_TO_GET}"
             )
 
 
@@ -91,9 +95,11 @@ NAMED_DATASETS = {
         # Karpathy's file names images without their folder, BLIP's lists with it.
         image_folders=("flickr30k-images", "flickr30k_images", "images", ""),
         sizes={"train": (29_000, 145_000), "val": (1_014, 5_070), "test": (1_000, 5_000)},
-        sources=(
+        annotation_sources=(
             ("dataset_flickr30k.json (Karpathy's splits, in caption_datasets.zip)", _KARPATHY),
             ("or flickr30k_train.json, flickr30k_val.json, flickr30k_test.json (BLIP's lists)", _BLIP),
+        ),
+        image_sources=(
             (
                 "flickr30k-images.tar.gz (31,783 images, by the request form)",
                 "https://shannon.cs.illinois.edu/DenotationGraph/",
@@ -107,13 +113,12 @@ NAMED_DATASETS = {
         # Both families name images as val2014/COCO_val2014_000000391895.jpg.
         image_folders=("", "images", "coco-images", "coco_images"),
         sizes={"train": (113_287, 566_747), "val": (5_000, 25_010), "test": (5_000, 25_010)},
-        sources=(
+        annotation_sources=(
             ("dataset_coco.json (Karpathy's splits, in caption_datasets.zip)", _KARPATHY),
             ("or coco_karpathy_train.json, coco_karpathy_val.json, coco_karpathy_test.json (BLIP's lists)", _BLIP),
-            (
-                "train2014.zip and val2014.zip (2014 train and val images)",
-                "https://cocodataset.org/#download",
-            ),
+        ),
+        image_sources=(
+            ("train2014.zip and val2014.zip (2014 train and val images)", "https://cocodataset.org/#download"),
         ),
     ),
 }

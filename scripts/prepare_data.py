@@ -1,11 +1,11 @@
 """Check a download of Flickr30k or COCO, say exactly what is missing and where people get it, and what comes next.
 
 python scripts/prepare_data.py flickr30k --root flickr30k
-python scripts/prepare_data.py coco --root coco --splits test --decode 500
+python scripts/prepare_data.py coco --root coco --splits test --decode 500 --list missing.txt
 
 Looks for either family of annotations (Karpathy's file, or BLIP's and ALBEF's list a split), compares every split's
 images and captions with the published counts, and looks for every image file; --decode also decodes a random sample.
-Downloads and writes nothing. Exit code 2 if anything is missing.
+Downloads nothing, and writes nothing but the list that --list asks for. Exit code 2 if anything is missing.
 """
 
 from __future__ import annotations
@@ -13,58 +13,97 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
 from data.caption_datasets import CaptionDataset
-from data.named_datasets import NAMED_DATASETS, SPLITS, NamedDataset
+from data.json_documents import is_list, read_json
+from data.named_datasets import NAMED_DATASETS, SPLITS, WHERE_TO_GET, NamedDataset
+from models.checkpoint import replace_text
 from models.errors import UserError, run_entry_point
 from models.images import ImageError, may_be_image, open_image
 
 
-def check_split(named: NamedDataset, root: Path, split: str, problems: list[str]) -> CaptionDataset | None:
-    """Print what a split holds and add what is wrong with it to `problems`; None if it cannot be read."""
+@dataclass
+class Findings:
+    """What is wrong with a download."""
+
+    annotations: list[str] = field(default_factory=list)
+    """A line for each split whose captions are not there or not those published."""
+    images: list[str] = field(default_factory=list)
+    """A line for each split with missing images, and for each that does not decode."""
+    missing: list[Path] = field(default_factory=list)
+    """Every image file that is not there, or empty."""
+
+
+def read_once(file: Path, documents: dict[Path, Any]) -> Any:
+    """The content of Karpathy's file, kept in `documents` for the next split; None for a list, which is one split."""
+    if file not in documents:
+        print(f"reading {file} ({file.stat().st_size / 1e6:,.1f} MB)", flush=True)
+        documents[file] = None if is_list(file) else read_json(file)
+    return documents[file]
+
+
+def check_split(
+    named: NamedDataset, root: Path, split: str, documents: dict[Path, Any], findings: Findings
+) -> CaptionDataset | None:
+    """Print what a split holds and add what is wrong with it to `findings`; None if it cannot be read."""
     try:
-        dataset = named.load(root, split, check_images=False)
+        file = named.annotations(root, split)
+        dataset = named.load(root, split, check_images=False, document=read_once(file, documents))
     except UserError as error:
-        problems.append(f"{split}: {error}")
+        findings.annotations.append(f"{split}: {str(error).removesuffix(WHERE_TO_GET)}")
         return None
-    missing = [image_id for i, image_id in enumerate(dataset.image_ids) if not may_be_image(dataset.path(i))]
+    images = tqdm(range(len(dataset)), desc=f"{split}: look for images", unit="image", delay=1)
+    missing = [i for i in images if not may_be_image(dataset.path(i))]
     print(
         f"{split}: {len(dataset):,} images and {len(dataset.captions):,} captions, as published; "
-        f"{len(dataset) - len(missing):,} image files are there ({named.annotations(root, split)}, {dataset.root})"
+        f"{len(dataset) - len(missing):,} image files are there ({file}, {dataset.root})"
     )
     if missing:
-        problems.append(
+        names = ", ".join(dataset.image_ids[i] for i in missing[:3])
+        findings.images.append(
             f"{split}: {len(missing):,} of {len(dataset):,} images are missing or empty under {dataset.root}: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+            f"{names}{', ... (--list FILE writes all)' if len(missing) > 3 else ''}"
         )
+        findings.missing += map(dataset.path, missing)
     return dataset
 
 
-def check_decoding(datasets: list[CaptionDataset], count: int, problems: list[str]) -> None:
+def check_decoding(datasets: list[CaptionDataset], count: int, findings: Findings) -> None:
     """Decode `count` random images of those that are there, the same ones each time."""
-    paths = [dataset.path(i) for dataset in datasets for i in range(len(dataset)) if may_be_image(dataset.path(i))]
+    missing = set(findings.missing)
+    paths = [dataset.path(i) for dataset in datasets for i in range(len(dataset)) if dataset.path(i) not in missing]
     sample = random.Random(0).sample(paths, min(count, len(paths)))
     unreadable = 0
     for path in tqdm(sample, desc="decode", unit="image"):
         try:
             open_image(path)
         except ImageError as error:
-            problems.append(str(error))
+            findings.images.append(str(error))
             unreadable += 1
     print(f"decoded {len(sample) - unreadable:,} of {len(sample):,} images of a random sample")
 
 
-def next_commands(name: str, root: Path, splits: list[str]) -> list[str]:
-    """What to run on a complete download: evaluation, and the stores that training reads."""
+def write_list(file: Path, missing: list[Path]) -> None:
+    """The paths of all missing images, one a line."""
+    try:
+        replace_text(file, "".join(f"{path}\n" for path in missing))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); name another file as --list") from None
+    print(f"{file}: the {len(missing):,} image files that are missing or empty")
+
+
+def next_commands(name: str, root: Path, splits: list[str], images: Path) -> list[str]:
+    """What to run on a complete download, its images under `images`: evaluation, and the stores that training reads."""
     named = NAMED_DATASETS[name]
     split = splits[-1]
     file = named.annotations(root, split)
-    images = named.load(root, split, check_images=False).root
     precompute = "python scripts/precompute_tokens.py"
     source = f"--images {file} --root {images}"
     commands = [
@@ -93,22 +132,32 @@ def parse_arguments() -> argparse.Namespace:
         "--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="splits that are needed (default: all)"
     )
     parser.add_argument("--decode", type=int, default=0, metavar="N", help="also decode a random sample of N images")
+    parser.add_argument("--list", type=Path, metavar="FILE", help="write the paths of all missing images, one a line")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    named, root, problems = NAMED_DATASETS[arguments.dataset], arguments.root, []
+    named, root, findings = NAMED_DATASETS[arguments.dataset], arguments.root, Findings()
     if not root.is_dir():
-        problems.append(f"{root}: no such folder")
-    datasets = [check_split(named, root, split, problems) for split in arguments.splits]
+        findings.annotations.append(f"{root}: no such folder")
+    documents: dict[Path, Any] = {}
+    checked = [check_split(named, root, split, documents, findings) for split in arguments.splits]
+    datasets = [dataset for dataset in checked if dataset is not None]
     if arguments.decode:
-        check_decoding([dataset for dataset in datasets if dataset is not None], arguments.decode, problems)
+        check_decoding(datasets, arguments.decode, findings)
+    if arguments.list:
+        write_list(arguments.list, findings.missing)
+    problems = findings.annotations + findings.images
     if problems:
         print("\nMissing or wrong:", *(f"  {problem}" for problem in problems), sep="\n")
-        print("\nWhere people get them:", *(f"  {what}: {where}" for what, where in named.sources), sep="\n")
+        sources = named.annotation_sources if findings.annotations else ()
+        if findings.images or not datasets:  # without captions no image was looked for
+            sources += named.image_sources
+        print("\nWhere people get them:", *(f"  {what}: {where}" for what, where in sources), sep="\n")
         raise UserError(f"{root}: {named.title} is not complete, {len(problems)} problems are listed above")
-    print(f"\n{named.title} is complete.\n", *next_commands(arguments.dataset, root, arguments.splits), sep="\n")
+    commands = next_commands(arguments.dataset, root, arguments.splits, datasets[-1].root)
+    print(f"\n{named.title} is complete.\n", *commands, sep="\n")
 
 
 if __name__ == "__main__":

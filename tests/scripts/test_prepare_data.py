@@ -1,11 +1,13 @@
 """Checking a download: complete at the published sizes, or a list of exactly what is missing, and exit code 2."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from data.named_datasets import NAMED_DATASETS
+from scripts.prepare_data import Findings, check_split
 from tests.processes import run_script
 
 SCRIPT = "scripts/prepare_data.py"
@@ -46,7 +48,35 @@ def test_what_is_missing_is_listed_with_its_sources_and_ends_in_exit_code_2(flic
     assert "test: 1 of 1,000 images are missing or empty" in ended.stdout and "flickr30k-images/7.jpg" in ended.stdout
     assert f"{damaged}: not an image" in ended.stdout and "decoded 998 of 999" in ended.stdout
     assert "caption_datasets.zip" in ended.stdout and "shannon.cs.illinois.edu" in ended.stdout
-    assert "complete.\n" not in ended.stdout
+    assert "complete.\n" not in ended.stdout and "prepare_data.py says" not in ended.stdout
+
+
+def test_all_missing_images_are_written_and_only_their_source_is_named(flickr):
+    missing = [flickr / "flickr30k-images" / f"{i}.jpg" for i in range(5)]
+    for path in missing:
+        path.unlink()
+    arguments = ("flickr30k", "--root", flickr, "--splits", "test")
+    ended = run_script(SCRIPT, *arguments)
+    assert ended.returncode == 2 and "images/2.jpg, ... (--list FILE writes all)" in ended.stdout
+    assert "shannon.cs.illinois.edu" in ended.stdout and "caption_datasets.zip" not in ended.stdout
+    ended = run_script(SCRIPT, *arguments, "--list", flickr / "missing.txt")
+    assert ended.returncode == 2
+    assert (flickr / "missing.txt").read_text().splitlines() == list(map(str, missing))
+    ended = run_script(SCRIPT, *arguments, "--list", flickr / "absent" / "missing.txt")
+    assert ended.returncode == 2 and "missing.txt: cannot be written" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_karpathys_file_is_parsed_once_for_all_splits(tmp_path, monkeypatch, capsys):
+    named = replace(NAMED_DATASETS["flickr30k"], sizes=dict.fromkeys(("train", "val", "test"), (1, 1)))
+    images = [{"filename": f"{split}.jpg", "split": split, "sentences": [{"raw": "x"}]} for split in named.sizes]
+    (tmp_path / named.karpathy_file).write_text(json.dumps({"images": images}))
+    parsed, load = [], json.load
+    monkeypatch.setattr(json, "load", lambda stream: parsed.append(stream.name) or load(stream))
+    documents, findings = {}, Findings()
+    datasets = [check_split(named, tmp_path, split, documents, findings) for split in named.sizes]
+    assert [list(dataset.image_ids) for dataset in datasets] == [["train.jpg"], ["val.jpg"], ["test.jpg"]]
+    assert len(parsed) == 1 and capsys.readouterr().out.count("reading ") == 1
 
 
 def test_an_empty_file_counts_as_missing(flickr):
