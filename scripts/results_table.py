@@ -12,27 +12,101 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation.metrics import RECALL_DEPTHS
 from evaluation.model_record import benchmark_name
-from evaluation.output import aligned, markdown_table, protocol
+from evaluation.output import DIRECTION_TITLES, aligned, markdown_table, protocol
 from models.errors import UserError, run_entry_point
 
 PAPER = Path(__file__).resolve().parents[1] / "benchmarks" / "paper.json"
 """The paper's figures, as printed, and what a results.json must say to stand in a row beside them."""
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "text": lambda value: isinstance(value, str),
+    "a whole number": lambda value: _is_number(value) and isinstance(value, int),
+    "a number": _is_number,
+    "two numbers": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)),
+    "an object": lambda value: isinstance(value, dict),
+}
+"""What a field of results.json may have to be."""
+MODEL_KINDS = dict.fromkeys(("backbone", "pretrained", "adapter", "setting"), "text") | dict.fromkeys(
+    ("vision_tokens", "bytes_per_image", "joint_layers", "joint_width", "joint_parameters"), "a whole number"
+)
+
+
 def read_results(path: Path) -> dict[str, Any]:
-    """One results.json. Raises UserError naming the file if it is none."""
+    """One results.json. Raises UserError naming the file, and the field that is missing or of another kind."""
     try:
-        found = json.loads(path.read_text())
-        _ = found["t2i"]["embedding"]["R@1"], found["i2t"]["reranked"]["R@1"]
-        return found
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a results.json of evaluation/evaluate_retrieval.py ({error!r})") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a results.json of evaluation/evaluate_retrieval.py ({error})") from None
+    where = f"{path}: "
+    document = _field({"the document": found}, "the document", "an object", where)
+    for name in ("checkpoint", "dataset", "split"):
+        _field(document, name, "text", where)
+    for name in ("k", "images", "captions"):
+        _field(document, name, "a whole number", where)
+    _field(document, "folds", "a whole number", where, optional=True)
+    _field(document, "lambda_split", "text", where, optional=True)
+    model = _field(document, "model", "an object", where, optional=True)
+    if model is not None:
+        for name, kind in MODEL_KINDS.items():
+            _field(model, name, kind, f"{where}model.")
+        _field(model, "residual_similarity", "a number", f"{where}model.", optional=True)
+    _check_figures(document, where)
+    subsets = _field(document, "subsets", "an object", where, optional=True) or {}
+    for name in subsets:
+        _check_figures(_field(subsets, name, "an object", f"{where}subsets."), f"{where}subsets.{name}.")
+    return document
+
+
+def _field(record: dict[str, Any], name: str, kind: str, where: str, optional: bool = False) -> Any:
+    """A field of the kind, one of KINDS; None if it is not there, though `optional`. where: file and path to it."""
+    if name not in record and optional:
+        return None
+    if name in record and KINDS[kind](record[name]):
+        return record[name]
+    found = f"is {record[name]!r:.60}" if name in record else "is missing"
+    file, _, above = where.rpartition(": ")
+    raise UserError(
+        f"{file}: not a results.json of evaluation/evaluate_retrieval.py: {above}{name} {found}; expected {kind}; "
+        "evaluate again"
+    )
+
+
+def _check_figures(part: dict[str, Any], where: str) -> None:
+    """The figures of both directions, of a whole split or a subset; older files lack some."""
+    directions = {name: _field(part, name, "an object", where) for name in DIRECTION_TITLES}
+    has_fused = any("fused" in figures for figures in directions.values())
+    for direction, of_direction in directions.items():
+        for column in ("embedding", "reranked", *(["fused"] if has_fused else [])):
+            inside = f"{where}{direction}.{column}."
+            figures = _field(of_direction, column, "an object", f"{where}{direction}.")
+            for depth in RECALL_DEPTHS:
+                _field(figures, f"R@{depth}", "a number", inside, optional=depth > 1)
+            _field(figures, "median_rank", "a number", inside, optional=True)
+            if column == "fused":
+                _field(figures, "lambda", "a number", inside)
+            if column != "embedding":
+                interval = "gain_R@1_ci95" if column == "reranked" else f"{column}_gain_R@1_ci95"
+                _field(of_direction, interval, "two numbers", f"{where}{direction}.")
+            extended = _field(figures, "eccv", "an object", inside, optional=True)
+            if extended is not None:
+                for name in ("mAP@R", "R-Precision", "R@1", "COCO R@1"):
+                    _field(extended, name, "a number", f"{inside}eccv.")
+    sums = _field(part, "rsum", "an object", where, optional=True) or {}
+    for column in sums:
+        _field(sums, column, "a number", f"{where}rsum.")
 
 
 def table(results: list[dict[str, Any]], with_subsets: bool) -> str:
@@ -44,6 +118,8 @@ def table(results: list[dict[str, Any]], with_subsets: bool) -> str:
                 raise UserError(
                     f"results differ in {key} ({first.get(key)} and {other.get(key)}); give seeds of one experiment"
                 )
+        if with_subsets and set(other.get("subsets", {})) != set(first.get("subsets", {})):
+            raise UserError("results differ in subsets; give seeds of one experiment, or leave --subsets out")
     return f"{protocol(results)}\n\n{markdown_table(results, with_subsets)}"
 
 
@@ -103,8 +179,8 @@ def our_cell(result: dict[str, Any], column: dict[str, Any]) -> str:
     for path in column["ours"]:
         figure = result
         for key in path.split("."):
-            figure = figure[key]
-        texts.append(f"{figure * column.get('scale', 1):.{column.get('digits', 1)}f}")
+            figure = figure.get(key) if figure else None  # older files lack some
+        texts.append("–" if figure is None else f"{figure * column.get('scale', 1):.{column.get('digits', 1)}f}")
     return "/".join(texts) or "–"
 
 
@@ -141,6 +217,10 @@ def main() -> None:
     if arguments.paper:
         print(paper_tables(arguments.paper))
     else:
+        files = [path.resolve() for path in arguments.results]
+        twice = [str(path) for path, file in zip(arguments.results, files, strict=True) if files.count(file) > 1]
+        if twice:
+            raise UserError(f"{' and '.join(twice)}: one file, which would count as several seeds; name it once")
         print(table([read_results(path) for path in arguments.results], arguments.subsets))
 
 

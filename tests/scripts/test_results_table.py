@@ -63,6 +63,62 @@ def test_another_json_file_is_refused_in_one_line(tmp_path):
     assert "other.json: not a results.json" in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("i2t.embedding", None, "i2t.embedding is missing; expected an object"),
+        ("images", None, "images is missing; expected a whole number"),
+        ("model", "null", "model is None; expected an object"),
+        ("model.backbone", 3, "model.backbone is 3; expected text"),
+        ("t2i.reranked.R@5", '"93.2"', "t2i.reranked.R@5 is '93.2'; expected a number"),
+        ("i2t.fused", None, "i2t.fused is missing; expected an object"),
+        ("t2i.fused.lambda", "true", "t2i.fused.lambda is True; expected a number"),
+        ("t2i.gain_R@1_ci95", "[1.0]", "t2i.gain_R@1_ci95 is [1.0]; expected two numbers"),
+        ("rsum.fused", "[]", "rsum.fused is []; expected a number"),
+        ("subsets.three objects.t2i.embedding.R@1", None, "subsets.three objects.t2i.embedding.R@1 is missing"),
+        ("", "[" * 100_000, "recursion"),
+    ],
+)
+def test_a_field_that_is_missing_or_of_another_kind_is_named_with_its_file(tmp_path, path, value, message):
+    """value: JSON; None removes the field."""
+    content = json.loads(SEEDS[0].read_text())
+    *above, last = path.split(".")
+    record = content
+    for name in above:
+        record = record[name]
+    record[last] = "HERE"
+    if value is None:
+        del record[last]
+    text = json.dumps(content).replace('"HERE"', str(value))
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_results(tmp_path / "results.json")
+    assert str(caught.value).startswith(f"{tmp_path / 'results.json'}: not a results.json")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_file_is_not_two_seeds(tmp_path):
+    (tmp_path / "link.json").symlink_to(SEEDS[0])
+    for second in (SEEDS[0], tmp_path / "link.json"):
+        ended = run_script(SCRIPT, SEEDS[0], second, SEEDS[1])
+        assert ended.returncode == 2 and f"{SEEDS[0]} and {second}: one file" in ended.stderr
+
+
+def test_seeds_of_other_subsets_are_not_put_into_one_table():
+    first, second = (read_results(path) for path in SEEDS[:2])
+    del second["subsets"]
+    with pytest.raises(UserError, match="results differ in subsets"):
+        table([first, second], with_subsets=True)
+    assert "2 seeds" in table([first, second], with_subsets=False)
+
+
+def test_a_figure_that_an_older_result_lacks_is_a_dash_in_the_papers_cells(tmp_path):
+    older = result(86.0)
+    del older["t2i"]["reranked"]["R@5"]
+    write(tmp_path, "old", older)
+    assert "86.0/–/93.0" in paper_tables(tmp_path)
+
+
 def result(reranked: float, **changed: Any) -> dict[str, Any]:
     """results.json of a zero-shot evaluation on Flickr30k; `changed`: other entries, of the model or at the top."""
     found = json.loads(SEEDS[0].read_text())
