@@ -105,7 +105,7 @@ def _panel(label: str, points: Sequence[Point], y_ticks: list[float], y_scale: _
     y = y_scale(level[1])
     parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="level"/>')
     parts.append(f'<text x="{LEFT + 4}" y="{y - 5:.1f}">{escape(level[0])}</text>')
-    taken: list[tuple[float, float]] = [(LEFT + 4, y - 5)]
+    taken = [(LEFT + 4, LEFT + 4 + _width(level[0]), y - 5)]
     for point in sorted(points, key=lambda point: -point.y):
         x, y = x_scale(math.log2(point.x)), y_scale(point.y)
         low, high = y_scale(point.y - point.deviation), y_scale(point.y + point.deviation)
@@ -115,14 +115,20 @@ def _panel(label: str, points: Sequence[Point], y_ticks: list[float], y_scale: _
     return "".join(parts)
 
 
-def _name(name: str, x: float, y: float, taken: list[tuple[float, float]]) -> str:
-    """A point's name beside it, inside the panel, lower where another name stands already."""
-    width = 6.5 * len(name)
+def _name(name: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> str:
+    """A point's name beside it, inside the panel, lower where another name stands already: taken has left end, right
+    end and baseline of each."""
+    width = _width(name)
     left = x + 8 if x + 8 + width < WIDTH else x - 8 - width
-    while any(abs(left - other) < width and abs(y + 4 - line) < 13 for other, line in taken):
+    while any(left < end and begin < left + width and abs(y + 4 - line) < 13 for begin, end, line in taken):
         y += 2
-    taken.append((left, y + 4))
+    taken.append((left, left + width, y + 4))
     return f'<text x="{left:.1f}" y="{y + 4:.1f}">{escape(name)}</text>'
+
+
+def _width(text: str) -> float:
+    """Pixels of a text, about."""
+    return 6.5 * len(text)
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
