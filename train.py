@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 
 from data.neighbours import CaptionKeys
+from models.distributed import process_group
 from models.errors import run_entry_point
-from models.ranks import process_group
 from training.config import RunConfig, load_config
 from training.loop import Run, build_optimizer, train
 from training.objectives import Objectives, check_words
@@ -36,17 +36,19 @@ def parse_arguments() -> RunConfig:
 
 def main() -> None:
     config = parse_arguments()
-    with process_group(config.device) as ranks:
-        dataset = load_training_split(config, ranks)
+    with process_group(config.device) as distributed:
+        dataset = load_training_split(config, distributed)
         validation = load_validation_split(config)
-        features = open_features(config, ranks)  # patch-token stores, or the frozen backbone: one copy
-        model = build_model(config, features, dataset, ranks).to(ranks.device)
+        features = open_features(config, distributed)  # patch-token stores, or the frozen backbone: one copy
+        model = build_model(config, features, dataset, distributed).to(distributed.device)
         check_words(config.objectives, model.tokenizer)
-        teacher = load_teacher(config, features, model, ranks)  # None unless a distillation asks for it
+        teacher = load_teacher(config, features, model, distributed)  # None unless a distillation asks for it
         keys = CaptionKeys(dataset)
-        batches = build_batches(config, features, dataset, keys, ranks)  # knows what each step reads: resumes anywhere
-        objectives = Objectives(config.objectives, config.negatives, config.seed, ranks, teacher)
-        run = Run(config, model, build_optimizer(model, config.training), ranks)
+        batches = build_batches(
+            config, features, dataset, keys, distributed
+        )  # knows what each step reads: resumes anywhere
+        objectives = Objectives(config.objectives, config.negatives, config.seed, distributed, teacher)
+        run = Run(config, model, build_optimizer(model, config.training), distributed)
         train(run, batches, features, keys, objectives, validation)
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from models.errors import UserError
-from models.images import ImageError
-from models.token_store import TokenStore
+from models.stores.token_store import TokenStore
+from models.vision.images import ImageError
 
 from .caption_datasets import CaptionDataset
 

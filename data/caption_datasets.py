@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from models.errors import UserError
-from models.images import may_be_image, open_image
+from models.vision.images import may_be_image, open_image
 
 from .columns import Columns, TextBuilder, TextColumn, cached_columns, open_columns
 from .json_documents import is_list, list_elements, read_json
@@ -104,7 +104,7 @@ def load_annotations(
     columns are written there once and memory-mapped from then on. `document` is a Karpathy file's content where it was
     read already, for one split after the other. For a BLIP/ALBEF list, which is one split, `split`
     chooses nothing. Reading 5M pairs peaks at 1.5 GB, once; training from them
-    then takes 1.5 GB in all, 4 workers and 0.9 GB of libraries included (benchmarks/lists_cpu.json).
+    then takes 1.5 GB in all, 4 workers and 0.9 GB of libraries included (benchmarks/results/lists_cpu.json).
 
     Raises UserError naming the file and the first row that is wrong: missing file, no JSON, no such split (with those
     there are), no images, a path, split or subset that is no text of one line, an image without captions, twice in a

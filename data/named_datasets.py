@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
-from models.images import may_be_image
+from models.vision.images import may_be_image
 
 from .caption_datasets import CaptionDataset, load_annotations
 

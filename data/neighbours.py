@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.captions import canonical_caption
+from models.language.captions import canonical_caption
 
 from .caption_datasets import CaptionDataset
 

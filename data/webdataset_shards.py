@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from models.errors import UserError
-from models.images import ImageError, open_image
+from models.vision.images import ImageError, open_image
 
 from .caption_datasets import CaptionDataset, is_unicode
 from .columns import Columns, TextBuilder, TextColumn, cached_columns, open_columns

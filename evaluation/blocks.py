@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from models.ranks import Ranks
+from models.distributed import DistributedContext
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -34,16 +34,16 @@ def blocks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def own_blocks(parts: list[slice], ranks: Ranks) -> list[slice]:
+def own_blocks(parts: list[slice], distributed: DistributedContext) -> list[slice]:
     """This rank's share: blocks are dealt out in turn."""
-    return parts[ranks.rank :: ranks.size]
+    return parts[distributed.rank :: distributed.size]
 
 
-def share_blocks(values: Tensor, parts: list[slice], ranks: Ranks) -> None:
+def share_blocks(values: Tensor, parts: list[slice], distributed: DistributedContext) -> None:
     """Give every rank the blocks of `values` that the others computed."""
-    if ranks.size > 1:
+    if distributed.size > 1:
         for number, part in enumerate(parts):
-            dist.broadcast(values[part], src=number % ranks.size)
+            dist.broadcast(values[part], src=number % distributed.size)
 
 
 def run_blocks(compute: Callable[[Input], Output], inputs: Iterable[Input], device: torch.device) -> Iterator[Output]:

@@ -32,19 +32,19 @@ from data.named_datasets import NAMED_DATASETS
 from evaluation.eccv import DEPTH, CocoIds, add_extended_figures, may_be_coco_test, read_coco_ids
 from evaluation.model_record import SETTINGS, model_record, read_run_config, run_directory
 from evaluation.output import markdown_table, protocol, results_json, write_results
-from evaluation.report import write_report
+from evaluation.report.report import write_report
 from evaluation.results import Results, choose_lambda
 from evaluation.retrieval import check_pool, evaluate
-from models.checkpoint import CONFIG_FILE, write_config
+from models.checkpoints.checkpoint import CONFIG_FILE, write_config
+from models.checkpoints.hub import locate_checkpoint
+from models.distributed import DistributedContext, process_group
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
-from models.hub import locate_checkpoint
 from models.precision import dtype_name, fastest_dtype
-from models.ranks import Ranks, process_group
-from models.token_store import TokenStore
+from models.stores.token_store import TokenStore
 
 if TYPE_CHECKING:
-    from models.backbone import Backbone
+    from models.vision.backbones import Backbone
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     check_lambda_split(arguments)
     logging.getLogger("open_clip").setLevel(logging.ERROR)
-    with process_group(arguments.device) as ranks:
-        with ranks.main_first():
+    with process_group(arguments.device) as distributed:
+        with distributed.main_first():
             checkpoint = locate_checkpoint(arguments.checkpoint, arguments.revision)
         own = Path(arguments.checkpoint).exists()  # else in the cache of what was fetched, where nothing is written
         if not own and not arguments.out:
@@ -137,13 +137,13 @@ def main(argv: list[str] | None = None) -> None:
         source = find_source(arguments, checkpoint)
         dataset = source.load(arguments.split)
         check_pool(arguments.k, dataset, arguments.folds)
-        coco_ids = find_coco_ids(arguments, source, dataset, ranks)
-        evaluator = Evaluator.load(arguments, checkpoint, source, ranks)
+        coco_ids = find_coco_ids(arguments, source, dataset, distributed)
+        evaluator = Evaluator.load(arguments, checkpoint, source, distributed)
         if arguments.lambda_split:
             validation = source.load(arguments.lambda_split)
             evaluator.fit_lambda(validation, arguments.lambda_split, checkpoint if own else None)
         results = evaluator.evaluate(dataset, arguments.folds, depth=DEPTH if coco_ids else 0)
-        if ranks.is_main:
+        if distributed.is_main:
             run = run_directory(arguments.checkpoint, checkpoint)
             model = model_record(evaluator.model, run, source.name, arguments.setting)
             name = str(checkpoint) if own else "@".join(filter(None, (arguments.checkpoint, arguments.revision)))
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
             if coco_ids:
                 add_extended_figures(summary, results, coco_ids)
             write_outputs(arguments, checkpoint, source, dataset, results, summary)
-        ranks.barrier()
+        distributed.barrier()
 
 
 def check_lambda_split(arguments: argparse.Namespace) -> None:
@@ -175,39 +175,41 @@ class Evaluator:
     caption_store: TokenStore | None
     dtype: torch.dtype
     k: int
-    ranks: Ranks
+    distributed: DistributedContext
 
     @classmethod
-    def load(cls, arguments: argparse.Namespace, checkpoint: Path, source: Source, ranks: Ranks) -> Evaluator:
+    def load(
+        cls, arguments: argparse.Namespace, checkpoint: Path, source: Source, distributed: DistributedContext
+    ) -> Evaluator:
         """Model, stores, and the backbone unless stores stand for it; one precision for all ranks."""
-        model = EDJE.from_pretrained(checkpoint, ranks.device)
+        model = EDJE.from_pretrained(checkpoint, distributed.device)
         store = TokenStore.open(source.store) if source.store else None
         caption_store = TokenStore.open(source.caption_store) if source.caption_store else None
         precision = arguments.precision
         if precision == "auto":
             # Each rank times its own arithmetic; all take rank 0's answer.
-            precision = ranks.gather_objects(dtype_name(fastest_dtype(ranks.device)))[0]
+            precision = distributed.gather_objects(dtype_name(fastest_dtype(distributed.device)))[0]
         backbone = None
         if store is None or caption_store is None:
-            from models.backbone import Backbone  # open_clip takes seconds to import
+            from models.vision.backbones import Backbone  # open_clip takes seconds to import
 
             config = model.config.backbone
             if arguments.backbone:
                 config = replace(config, pretrained=arguments.backbone)
-            backbone = Backbone.load(config, ranks.device, precision)
-        return cls(model, backbone, store, caption_store, getattr(torch, precision), arguments.k, ranks)
+            backbone = Backbone.load(config, distributed.device, precision)
+        return cls(model, backbone, store, caption_store, getattr(torch, precision), arguments.k, distributed)
 
     def evaluate(self, dataset: CaptionDataset, folds: int = 1, depth: int = 0) -> Results:
         return evaluate(
             self.model,
             self.backbone,
             dataset,
-            self.ranks,
+            self.distributed,
             k=self.k,
             store=self.store,
             caption_store=self.caption_store,
             dtype=self.dtype,
-            progress=self.ranks.is_main,
+            progress=self.distributed.is_main,
             folds=folds,
             depth=depth,
         )
@@ -218,9 +220,9 @@ class Evaluator:
         check_pool(self.k, validation)
         chosen = choose_lambda(self.evaluate(validation))
         self.model.config = replace(self.model.config, fusion_lambda=chosen, fusion_split=split)
-        if self.ranks.is_main and checkpoint is None:
+        if self.distributed.is_main and checkpoint is None:
             print(f"lambda {chosen:g}, for these results only")
-        elif self.ranks.is_main:
+        elif self.distributed.is_main:
             write_config(checkpoint, self.model.config)
             print(f"lambda {chosen:g}, saved in {checkpoint / CONFIG_FILE}")
 
@@ -261,7 +263,7 @@ def _source_of_run(run: Path, data_root: str | None) -> Source:
 
 
 def find_coco_ids(
-    arguments: argparse.Namespace, source: Source, dataset: CaptionDataset, ranks: Ranks
+    arguments: argparse.Namespace, source: Source, dataset: CaptionDataset, distributed: DistributedContext
 ) -> CocoIds | None:
     """COCO's numbers where figures by the extended ground truth are asked for or possible; else None, and where the
     counts are COCO's, a line that tells what is missing."""
@@ -274,7 +276,7 @@ def find_coco_ids(
     except UserError as error:
         if arguments.eccv:
             raise
-        if ranks.is_main:
+        if distributed.is_main:
             print(f"without figures by COCO's extended ground truth: {error}")
         return None
 

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from data.caption_datasets import CaptionDataset
-from models.checkpoint import adapter_fingerprint
+from models.checkpoints.checkpoint import adapter_fingerprint
+from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
-from models.images import open_image
-from models.ranks import Ranks
-from models.token_store import TokenStore
+from models.stores.token_store import TokenStore
+from models.vision.images import open_image
 
 from .blocks import Stopwatch, blocks, own_blocks, progress_bar, run_blocks, share_blocks
 
 if TYPE_CHECKING:
-    from models.backbone import Backbone
+    from models.vision.backbones import Backbone
 
 IMAGES_PER_BLOCK = 32
 CAPTIONS_PER_BLOCK = 256
@@ -54,7 +54,7 @@ def build_gallery(
     model: EDJE,
     backbone: Backbone | None,
     dataset: CaptionDataset,
-    ranks: Ranks,
+    distributed: DistributedContext,
     store: TokenStore | None = None,
     caption_store: TokenStore | None = None,
     watch: Stopwatch | None = None,
@@ -64,21 +64,21 @@ def build_gallery(
     `caption_store` of text embeddings. `backbone` may be None where both stores are given.
 
     Raises UserError if backbone or store belong to another model, or an image cannot be read."""
-    watch = watch or Stopwatch(ranks.device)
+    watch = watch or Stopwatch(distributed.device)
     _check_backbone(model, backbone, store, caption_store)
     if caption_store is not None:
-        text_embeddings = caption_store.gather_embeddings(dataset.captions).to(ranks.device)
+        text_embeddings = caption_store.gather_embeddings(dataset.captions).to(distributed.device)
     else:
         with watch.part("backbone"):
-            text_embeddings = _encode_captions(backbone, dataset.captions, ranks, progress)
+            text_embeddings = _encode_captions(backbone, dataset.captions, distributed, progress)
     if store is None:
-        image_embeddings, tokens = _encode_images(model, backbone, dataset, ranks, watch, progress)
+        image_embeddings, tokens = _encode_images(model, backbone, dataset, distributed, watch, progress)
     elif store.manifest.adapter:
         rows = store.rows(dataset.image_ids)
-        image_embeddings = store.gather_embedding_rows(rows).to(ranks.device)
-        return Gallery(dataset, image_embeddings, text_embeddings, _StoredTokens(store, rows, ranks.device))
+        image_embeddings = store.gather_embedding_rows(rows).to(distributed.device)
+        return Gallery(dataset, image_embeddings, text_embeddings, _StoredTokens(store, rows, distributed.device))
     else:
-        image_embeddings, tokens = _compress_stored(model, dataset, store, ranks, watch, progress)
+        image_embeddings, tokens = _compress_stored(model, dataset, store, distributed, watch, progress)
     return Gallery(dataset, image_embeddings, text_embeddings, lambda images: tokens[images.to(tokens.device)])
 
 
@@ -120,65 +120,77 @@ def _check_backbone(
         caption_store.check(backbone=expected, adapter=None)
 
 
-def _encode_captions(backbone: Backbone, captions: Sequence[str], ranks: Ranks, progress: bool) -> Tensor:
+def _encode_captions(
+    backbone: Backbone, captions: Sequence[str], distributed: DistributedContext, progress: bool
+) -> Tensor:
     """[C, De] float32."""
-    embeddings = torch.empty(len(captions), backbone.dims.embedding_width, device=ranks.device)
+    embeddings = torch.empty(len(captions), backbone.dims.embedding_width, device=distributed.device)
     parts = blocks(len(captions), CAPTIONS_PER_BLOCK)
-    own = own_blocks(parts, ranks)
-    encoded = run_blocks(lambda part: backbone.encode_texts(captions[part]), own, ranks.device)
+    own = own_blocks(parts, distributed)
+    encoded = run_blocks(lambda part: backbone.encode_texts(captions[part]), own, distributed.device)
     for part, result in zip(own, progress_bar(encoded, len(own), "captions", progress), strict=True):
         embeddings[part] = result
-    share_blocks(embeddings, parts, ranks)
+    share_blocks(embeddings, parts, distributed)
     return embeddings
 
 
 def _encode_images(
-    model: EDJE, backbone: Backbone, dataset: CaptionDataset, ranks: Ranks, watch: Stopwatch, progress: bool
+    model: EDJE,
+    backbone: Backbone,
+    dataset: CaptionDataset,
+    distributed: DistributedContext,
+    watch: Stopwatch,
+    progress: bool,
 ) -> tuple[Tensor, Tensor]:
     """One backbone pass an image: embeddings [N, De] and compressed tokens [N, m, H]. Reading counts as backbone."""
-    embeddings = torch.empty(len(dataset), backbone.dims.embedding_width, device=ranks.device)
-    tokens = _empty_tokens(model, len(dataset), ranks)
+    embeddings = torch.empty(len(dataset), backbone.dims.embedding_width, device=distributed.device)
+    tokens = _empty_tokens(model, len(dataset), distributed)
     parts = blocks(len(dataset), IMAGES_PER_BLOCK)
-    own, seconds = own_blocks(parts, ranks), []
+    own, seconds = own_blocks(parts, distributed), []
 
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-        of_block = Stopwatch(ranks.device)
+        of_block = Stopwatch(distributed.device)
         with of_block.part("backbone"):
             features = backbone.encode_images(pixels)
         with of_block.part("compress"):
             compressed = model.compress(features.patch_tokens)
         return features.embedding, compressed, of_block.seconds
 
-    encoded = run_blocks(encode, _read_ahead(backbone, dataset, own), ranks.device)
+    encoded = run_blocks(encode, _read_ahead(backbone, dataset, own), distributed.device)
     with watch.divided(seconds):
         for part, result in zip(own, progress_bar(encoded, len(own), "images", progress), strict=True):
             embeddings[part], tokens[part] = result[:2]
             seconds.append(result[2])
-    share_blocks(embeddings, parts, ranks)
-    share_blocks(tokens, parts, ranks)
+    share_blocks(embeddings, parts, distributed)
+    share_blocks(tokens, parts, distributed)
     return embeddings, tokens
 
 
 def _compress_stored(
-    model: EDJE, dataset: CaptionDataset, store: TokenStore, ranks: Ranks, watch: Stopwatch, progress: bool
+    model: EDJE,
+    dataset: CaptionDataset,
+    store: TokenStore,
+    distributed: DistributedContext,
+    watch: Stopwatch,
+    progress: bool,
 ) -> tuple[Tensor, Tensor]:
     """Stored patch tokens, compressed by the model's adapter: embeddings [N, De] and tokens [N, m, H]."""
     rows = store.rows(dataset.image_ids)
-    tokens = _empty_tokens(model, len(dataset), ranks)
+    tokens = _empty_tokens(model, len(dataset), distributed)
     parts = blocks(len(dataset), IMAGES_PER_BLOCK)
-    own = own_blocks(parts, ranks)
-    stored = (store.gather_rows(rows[part]).to(ranks.device) for part in own)
-    compressed = run_blocks(model.compress, stored, ranks.device)
+    own = own_blocks(parts, distributed)
+    stored = (store.gather_rows(rows[part]).to(distributed.device) for part in own)
+    compressed = run_blocks(model.compress, stored, distributed.device)
     with watch.part("compress"):
         for part, result in zip(own, progress_bar(compressed, len(own), "stored tokens", progress), strict=True):
             tokens[part] = result
-    share_blocks(tokens, parts, ranks)
-    return store.gather_embedding_rows(rows).to(ranks.device), tokens
+    share_blocks(tokens, parts, distributed)
+    return store.gather_embedding_rows(rows).to(distributed.device), tokens
 
 
-def _empty_tokens(model: EDJE, num_images: int, ranks: Ranks) -> Tensor:
+def _empty_tokens(model: EDJE, num_images: int, distributed: DistributedContext) -> Tensor:
     config = model.config
-    return torch.empty(num_images, config.num_vision_tokens, config.encoder.hidden_size, device=ranks.device)
+    return torch.empty(num_images, config.num_vision_tokens, config.encoder.hidden_size, device=distributed.device)
 
 
 def _read_ahead(backbone: Backbone, dataset: CaptionDataset, parts: list[slice]) -> Iterator[Tensor]:

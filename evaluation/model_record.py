@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from data.named_datasets import NAMED_DATASETS
-from models.checkpoint import CONFIG_FILE
+from models.checkpoints.checkpoint import CONFIG_FILE
 from models.edje import EDJE
 
 SETTINGS = ("zero-shot", "fine-tuned")

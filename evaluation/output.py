@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import statistics
 import zipfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from data.caption_datasets import CaptionDataset
 from models.errors import UserError
+from models.files import write_atomically
 
 from .metrics import RECALL_DEPTHS
 from .results import DirectionResults, Results
@@ -169,6 +169,7 @@ def markdown_report(summary: dict[str, Any]) -> str:
 def write_results(out: str | Path, results: Results, dataset: CaptionDataset, summary: dict[str, Any]) -> None:
     """Write results.json, results.md, rankings.npz and the TREC files into `out`, each in one step."""
     out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     for name, text in trec_files(results, dataset):
         if text is None:  # an older evaluation's, which had a lambda
             (out / name).unlink(missing_ok=True)
@@ -177,17 +178,6 @@ def write_results(out: str | Path, results: Results, dataset: CaptionDataset, su
     write_atomically(out / "rankings.npz", _rankings_bytes(results, dataset))
     write_atomically(out / "results.md", markdown_report(summary).encode())
     write_atomically(out / "results.json", (json.dumps(summary, indent=1) + "\n").encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file, creating its directory: a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
 
 
 def _rankings_bytes(results: Results, dataset: CaptionDataset) -> bytes:

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from data.caption_datasets import CaptionDataset
-from models.captions import CaptionIds
+from models.distributed import DistributedContext
 from models.edje import EDJE
+from models.encoder.joint_encoder import pairs_at_once
 from models.errors import UserError
-from models.joint_encoder import pairs_at_once
+from models.language.captions import CaptionIds
 from models.precision import dtype_name, fastest_dtype
-from models.ranks import Ranks
-from models.token_store import TokenStore
+from models.stores.token_store import TokenStore
 
 from .blocks import Stopwatch, blocks, own_blocks, progress_bar, run_blocks
 from .gallery import Gallery, build_gallery
@@ -34,7 +34,7 @@ from .metrics import RECALL_DEPTHS
 from .results import DirectionResults, Results
 
 if TYPE_CHECKING:
-    from models.backbone import Backbone
+    from models.vision.backbones import Backbone
 
 QUERIES_PER_BLOCK = 256
 DIRECTIONS = ("t2i", "i2t")
@@ -56,7 +56,7 @@ def evaluate(
     model: EDJE,
     backbone: Backbone | None,
     dataset: CaptionDataset,
-    ranks: Ranks,
+    distributed: DistributedContext,
     k: int = 10,
     store: TokenStore | None = None,
     caption_store: TokenStore | None = None,
@@ -75,19 +75,19 @@ def evaluate(
     `fused` is in the results if the model's config has a fusion_lambda. Raises UserError if k exceeds the gallery, the
     folds are not equal, or backbone, store or an image file is not usable."""
     check_pool(k, dataset, folds)
-    dtype = dtype or ranks.gather_objects(fastest_dtype(ranks.device))[0]
-    watch = Stopwatch(ranks.device, {"backbone": 0.0, "compress": 0.0, "rerank": 0.0})
+    dtype = dtype or distributed.gather_objects(fastest_dtype(distributed.device))[0]
+    watch = Stopwatch(distributed.device, {"backbone": 0.0, "compress": 0.0, "rerank": 0.0})
     was_training = model.training
     scorer = model.eval().optimized(dtype)
     with torch.inference_mode():
-        gallery = build_gallery(model, backbone, dataset, ranks, store, caption_store, watch, progress)
+        gallery = build_gallery(model, backbone, dataset, distributed, store, caption_store, watch, progress)
         directions = {}
         for direction in DIRECTIONS:
             images = _image_numbers(dataset, direction)
             edges = np.arange(folds + 1) * (len(dataset) // folds)
             pools = _pools_of_folds(*_embeddings(gallery, direction), *images, edges, max(k, depth, *RECALL_DEPTHS))
             with watch.part("rerank"):
-                logits = rerank_pools(scorer, gallery, pools, direction, k, ranks, pairs_per_batch, progress)
+                logits = rerank_pools(scorer, gallery, pools, direction, k, distributed, pairs_per_batch, progress)
             directions[direction] = _direction_results(*images, pools, logits, model.config.fusion_lambda, folds)
     model.train(was_training)
     precision = dtype_name(dtype)
@@ -160,7 +160,7 @@ def rerank_pools(
     pools: Pools,
     direction: str,
     k: int,
-    ranks: Ranks,
+    distributed: DistributedContext,
     pairs_per_batch: int | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -168,11 +168,11 @@ def rerank_pools(
 
     direction: `t2i` (queries are captions) or `i2t` (queries are images)."""
     pairs = _PairList.of(model, gallery, pools, direction, k)
-    size = pairs_per_batch or pairs_at_once(ranks.device, model.config.num_vision_tokens)
-    own = own_blocks(blocks(len(pairs), size), ranks)
-    scored = run_blocks(lambda part: pairs.logits(model, gallery, part), own, ranks.device)
+    size = pairs_per_batch or pairs_at_once(distributed.device, model.config.num_vision_tokens)
+    own = own_blocks(blocks(len(pairs), size), distributed)
+    scored = run_blocks(lambda part: pairs.logits(model, gallery, part), own, distributed.device)
     scored = list(progress_bar(scored, len(own), f"rerank {direction}", progress))
-    return _collect(scored, len(pairs), ranks).view(len(pools.ids), k)
+    return _collect(scored, len(pairs), distributed).view(len(pools.ids), k)
 
 
 @dataclass(frozen=True)
@@ -213,10 +213,10 @@ class _PairList:
         return self.number[part], logits.cpu()
 
 
-def _collect(scored: list[tuple[Tensor, Tensor]], total: int, ranks: Ranks) -> Tensor:
+def _collect(scored: list[tuple[Tensor, Tensor]], total: int, distributed: DistributedContext) -> Tensor:
     """Logits of all ranks' pairs in order of pair number, [total]; every pair must come back exactly once."""
     mine = tuple(torch.cat([item[i] for item in scored]).numpy() if scored else np.empty(0) for i in (0, 1))
-    numbers, logits = (np.concatenate(column) for column in zip(*ranks.gather_objects(mine), strict=True))
+    numbers, logits = (np.concatenate(column) for column in zip(*distributed.gather_objects(mine), strict=True))
     times = np.bincount(numbers.astype(np.int64), minlength=total)
     assert len(times) == total and (times == 1).all(), "a pair was scored twice or not at all"
     ordered = np.empty(total, dtype=np.float32)

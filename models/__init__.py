@@ -13,14 +13,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backbone import Backbone
     from .edje import EDJE
+    from .errors import UserError
     from .reranker import Reranker
-    from .token_store import TokenStore
+    from .stores.token_store import TokenStore
+    from .vision.backbones import Backbone
 
-__all__ = ["EDJE", "Backbone", "Reranker", "TokenStore"]
+__all__ = ["EDJE", "Backbone", "Reranker", "TokenStore", "UserError"]
+__version__ = "0.1.0"
 
-_MODULES = {"EDJE": "edje", "Backbone": "backbone", "Reranker": "reranker", "TokenStore": "token_store"}
+_MODULES = {
+    "EDJE": "edje",
+    "Backbone": "vision.backbones",
+    "Reranker": "reranker",
+    "TokenStore": "stores.token_store",
+    "UserError": "errors",
+}
 
 
 def __getattr__(name: str) -> Any:

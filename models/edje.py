@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .adapter import build_adapter
-from .captions import CaptionIds, CaptionTokenizer
-from .checkpoint import CARD_FILE, load_state, read_checkpoint, weights_fingerprint, write_checkpoint
+from .checkpoints.checkpoint import CARD_FILE, read_checkpoint, weights_fingerprint, write_checkpoint
+from .checkpoints.hub import locate_checkpoint, upload_checkpoint
+from .checkpoints.model_card import model_card, renamed
 from .config import EDJEConfig
+from .encoder.joint_encoder import JointEncoder
 from .errors import UserError
-from .hub import locate_checkpoint, upload_checkpoint
-from .joint_encoder import JointEncoder
-from .model_card import model_card, renamed
+from .language.captions import CaptionIds, CaptionTokenizer
+from .state_dicts import load_state
+from .vision.adapters import build_adapter
 
 SPECIAL_PIECES = 3
 """[CLS], [SEP] after the caption, [SEP] after the vision tokens."""

@@ -17,3 +17,8 @@ def run_entry_point(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """An exception's message on one line, for the end of a message of ours; its type where it has no message."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -20,16 +20,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .backbone import Backbone
-from .checkpoint import adapter_fingerprint
+from .checkpoints.checkpoint import adapter_fingerprint
 from .config import BackboneConfig
+from .distributed import pick_device
 from .edje import EDJE
+from .encoder.joint_encoder import pairs_at_once
 from .errors import UserError
-from .images import ImageError
-from .indexing import ImageSource, check_backbone, find_images, precompute, read_images
-from .joint_encoder import pairs_at_once
-from .ranks import pick_device
-from .token_store import TokenStore
+from .stores.indexing import ImageSource, check_backbone, find_images, precompute, read_images
+from .stores.token_store import TokenStore
+from .vision.backbones import Backbone
+from .vision.images import ImageError
 
 IMAGES_PER_BATCH = 32
 

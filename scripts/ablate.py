@@ -22,11 +22,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.charts import Point, scatter_charts
 from evaluation.output import DIRECTION_TITLES, aligned, columns_of, mean_text
-from models.checkpoint import replace_text
+from evaluation.report.charts import Point, scatter_charts
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
+from models.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results.json"
@@ -143,9 +143,9 @@ def main() -> None:
         first = folders[arguments.seeds[0]]
         timed = [evaluate(config, first, first / "timed")] if arguments.time_again else runs
         entries.append(describe(config, first, arguments.seeds, runs, timed))
-        replace_text(arguments.out / "ablations.json", json.dumps(entries, indent=1) + "\n")
-    replace_text(arguments.out / "ablations.svg", plot([entry for entry in entries if entry["name"] in drawn]))
-    replace_text(arguments.out / "ablations.md", table(entries) + "\n")
+        write_atomically(arguments.out / "ablations.json", json.dumps(entries, indent=1) + "\n")
+    write_atomically(arguments.out / "ablations.svg", plot([entry for entry in entries if entry["name"] in drawn]))
+    write_atomically(arguments.out / "ablations.md", table(entries) + "\n")
     print(table(entries))
     print(f"Plot: {arguments.out / 'ablations.svg'}")
 

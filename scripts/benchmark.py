@@ -1,11 +1,12 @@
 """Measure speed and write a record: command, commit, machine, versions, and every number with its spread.
 
-python scripts/benchmark.py --out benchmarks/rerank_cpu.json --only rerank       minutes on 2 cores
-python scripts/benchmark.py --device cuda --out benchmarks/rerank_h200.json --only rerank --pairs 4096 --rounds 7
-python scripts/benchmark.py --out benchmarks/store_cpu.json --only store --rounds 50     1 GB of disk
-python scripts/benchmark.py --out benchmarks/lists_cpu.json --only lists         3 GB of memory and of disk
-python scripts/benchmark.py --out benchmarks/shards_cpu.json --only shards --rounds 5
-python scripts/benchmark.py --table benchmarks/rerank_cpu.json                   the README's table from a record
+python scripts/benchmark.py --out benchmarks/results/rerank_cpu.json --only rerank       minutes on 2 cores
+python scripts/benchmark.py --device cuda --out benchmarks/results/rerank_h200.json --only rerank --pairs 4096 \\
+    --rounds 7
+python scripts/benchmark.py --out benchmarks/results/store_cpu.json --only store --rounds 50     1 GB of disk
+python scripts/benchmark.py --out benchmarks/results/lists_cpu.json --only lists         3 GB of memory and of disk
+python scripts/benchmark.py --out benchmarks/results/shards_cpu.json --only shards --rounds 5
+python scripts/benchmark.py --table benchmarks/results/rerank_cpu.json     the README's table from a record
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from models.checkpoint import replace_text  # noqa: E402
+from benchmarks.data import benchmark_lists, benchmark_shards  # noqa: E402
+from benchmarks.rerank import benchmark_rerank  # noqa: E402
+from benchmarks.store import benchmark_store  # noqa: E402
+from benchmarks.timing import environment  # noqa: E402
+from benchmarks.train import benchmark_train  # noqa: E402
+from models.distributed import pick_device  # noqa: E402
 from models.errors import UserError, run_entry_point  # noqa: E402
-from models.ranks import pick_device  # noqa: E402
-from scripts.benchmark_timing import environment  # noqa: E402
-from scripts.data_benchmark import benchmark_lists, benchmark_shards  # noqa: E402
-from scripts.rerank_benchmark import benchmark_rerank  # noqa: E402
-from scripts.store_benchmark import benchmark_store  # noqa: E402
-from scripts.train_benchmark import benchmark_train  # noqa: E402
+from models.files import write_atomically  # noqa: E402
 
 SECTIONS = ("rerank", "store", "train", "lists", "shards")
 
@@ -39,7 +40,7 @@ def main() -> None:
         print(markdown(read_record(arguments.table)))
         return
     if not arguments.out:
-        raise UserError("--out is missing; name the record to write, e.g. --out benchmarks/rerank_cpu.json")
+        raise UserError("--out is missing; name the record to write, e.g. --out benchmarks/results/rerank_cpu.json")
     device = pick_device(arguments.device)
     record: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), **environment(device)}
     for section in [arguments.only] if arguments.only else SECTIONS:
@@ -91,7 +92,7 @@ def run_section(name: str, device: torch.device, arguments: argparse.Namespace) 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Whole or not at all: a temporary file, then a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(record, indent=1) + "\n")
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -25,16 +25,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.model_record import annotation_files, read_run_config, run_directory
-from models.checkpoint import (
-    half_precision,
-    read_checkpoint,
-    resolve_checkpoint,
-    weights_fingerprint,
-    write_checkpoint,
-)
+from models.checkpoints.checkpoint import read_checkpoint, resolve_checkpoint, weights_fingerprint, write_checkpoint
+from models.checkpoints.hub import upload_checkpoint
+from models.checkpoints.model_card import LICENSE, model_card
 from models.errors import UserError, run_entry_point
-from models.hub import upload_checkpoint
-from models.model_card import LICENSE, model_card
+from models.state_dicts import half_precision
 from scripts.results_table import read_results, table
 
 _NO_NAME = re.compile(r"[^A-Za-z0-9_.]+")

@@ -17,11 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.checkpoint import load_state, weights_fingerprint
+from models.checkpoints.checkpoint import weights_fingerprint
+from models.checkpoints.model_card import model_card
+from models.checkpoints.published import published_name, read_published
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
-from models.model_card import model_card
-from models.published import published_name, read_published
+from models.state_dicts import load_state
 
 OURS_ALONE = ("itc_logit_scale", "similarity_log_weight")
 """Parameters that the published model lacks; no published objective or logit uses them."""

@@ -28,14 +28,14 @@ from torch.utils.data import Subset
 
 from data.caption_datasets import CaptionDataset, load_annotations
 from data.webdataset_shards import load_shards
-from models.backbone import Backbone
 from models.config import BackboneConfig
+from models.distributed import DistributedContext, process_group
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
-from models.indexing import ImageSource, find_images, precompute, precompute_captions, unreadable_images
-from models.ranks import Ranks, process_group
-from models.store_format import DTYPES
-from models.token_store import TokenStore
+from models.stores.indexing import ImageSource, find_images, precompute, precompute_captions, unreadable_images
+from models.stores.store_format import DTYPES
+from models.stores.token_store import TokenStore
+from models.vision.backbones import Backbone
 
 
 @dataclass
@@ -60,7 +60,7 @@ class DecodedImages(Sequence[Image.Image]):
         return self.dataset.open_image(i)
 
 
-def read_items(args: argparse.Namespace, ranks: Ranks) -> Items:
+def read_items(args: argparse.Namespace, distributed: DistributedContext) -> Items:
     """What --images or --shards names."""
     if args.images is not None:
         if args.index is not None:
@@ -69,7 +69,7 @@ def read_items(args: argparse.Namespace, ranks: Ranks) -> Items:
     if args.split is not None:
         raise UserError(f"--split {args.split}: shards have no splits; name those of the split")
     index = args.index or args.out.with_name(f"{args.out.name}.index")
-    with ranks.main_first():
+    with distributed.main_first():
         dataset = load_shards(args.shards, args.root or Path(), index, args.workers)
     return Items(DecodedImages(dataset), list(dataset.image_ids), list(dataset.captions))
 
@@ -101,21 +101,21 @@ def _read_lines(file: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def leave_out_unreadable(items: Items, ranks: Ranks, num_workers: int) -> None:
+def leave_out_unreadable(items: Items, distributed: DistributedContext, num_workers: int) -> None:
     """Decode every image once and drop, by name, those that cannot be read."""
-    bad = unreadable_images(items.images, ranks, num_workers)
-    if ranks.is_main:
+    bad = unreadable_images(items.images, distributed, num_workers)
+    if distributed.is_main:
         for reason in bad.values():
             print(f"left out: {reason}", file=sys.stderr)
     kept = [i for i in range(len(items.ids)) if i not in bad]
     items.images, items.ids = Subset(items.images, kept), [items.ids[i] for i in kept]
 
 
-def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Backbone, EDJE | None]:
+def load_models(args: argparse.Namespace, distributed: DistributedContext) -> tuple[Backbone, EDJE | None]:
     """The checkpoint and its backbone, or the backbone that the options name, without a model."""
     if args.checkpoint is not None:
-        model = EDJE.from_pretrained(args.checkpoint, device=ranks.device)
-        return Backbone.load(model.config.backbone, ranks.device, args.precision), model
+        model = EDJE.from_pretrained(args.checkpoint, device=distributed.device)
+        return Backbone.load(model.config.backbone, distributed.device, args.precision), model
     config = BackboneConfig(
         name=args.backbone_name,
         pretrained=args.backbone_pretrained,
@@ -124,7 +124,7 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Backbone, EDJE 
         token_stages=tuple(args.token_stages),
         token_grid=args.token_grid,
     )
-    return Backbone.load(config, ranks.device, args.precision), None
+    return Backbone.load(config, distributed.device, args.precision), None
 
 
 def describe(store: TokenStore, what: str) -> str:
@@ -132,22 +132,24 @@ def describe(store: TokenStore, what: str) -> str:
     return f"{store.path}: {len(store):,} {what} ({store.manifest.backbone}), {size / 1e6:,.1f} MB {store.dtype}"
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> None:
-    items = read_items(args, ranks)
+def run(args: argparse.Namespace, distributed: DistributedContext) -> None:
+    items = read_items(args, distributed)
     if args.more_captions and args.captions is None:
         raise UserError("--more-captions: there is no store for them; pass --captions STORE or leave it out")
     if args.captions is not None and not items.captions:
         raise UserError(f"--captions {args.captions}: {args.images} has no captions; pass an annotation file or shards")
     for file in args.more_captions:
         items.captions += load_annotations(file, args.root or file.parent, args.split).captions
-    backbone, model = load_models(args, ranks)
+    backbone, model = load_models(args, distributed)
     if args.skip_unreadable:
-        leave_out_unreadable(items, ranks, args.workers)
-    options = dict(ranks=ranks, dtype=args.dtype, batch_size=args.batch_size, num_workers=args.workers)
+        leave_out_unreadable(items, distributed, args.workers)
+    options = dict(distributed=distributed, dtype=args.dtype, batch_size=args.batch_size, num_workers=args.workers)
     stores = [(precompute(args.out, items.images, items.ids, backbone, model, **options), "images")]
     if args.captions is not None:
-        stores.append((precompute_captions(args.captions, items.captions, backbone, ranks=ranks), "captions"))
-    if ranks.is_main:
+        stores.append(
+            (precompute_captions(args.captions, items.captions, backbone, distributed=distributed), "captions")
+        )
+    if distributed.is_main:
         print(*(describe(store, what) for store, what in stores), sep="\n")
 
 
@@ -185,8 +187,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    with process_group(args.device) as ranks:
-        run(args, ranks)
+    with process_group(args.device) as distributed:
+        run(args, distributed)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from data.caption_datasets import CaptionDataset
 from data.json_documents import is_list, read_json
 from data.named_datasets import NAMED_DATASETS, SPLITS, WHERE_TO_GET, NamedDataset
-from models.checkpoint import replace_text
 from models.errors import UserError, run_entry_point
-from models.images import ImageError, may_be_image, open_image
+from models.files import write_atomically
+from models.vision.images import ImageError, may_be_image, open_image
 
 
 @dataclass
@@ -93,7 +93,7 @@ def check_decoding(datasets: list[CaptionDataset], count: int, findings: Finding
 def write_list(file: Path, missing: list[Path]) -> None:
     """The paths of all missing images, one a line."""
     try:
-        replace_text(file, "".join(f"{path}\n" for path in missing))
+        write_atomically(file, "".join(f"{path}\n" for path in missing))
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror}); name another file as --list") from None
     print(f"{file}: the {len(missing):,} image files that are missing or empty")

@@ -1,9 +1,9 @@
 """Print Markdown tables from results.json files of evaluations.
 
 Mean and spread over the seeds of one experiment:
-    python scripts/results_table.py benchmarks/demo/seed*.json
-    python scripts/results_table.py --subsets benchmarks/emoji_frozen/seed*.json
-The paper's tables (benchmarks/paper.json), with ours from every results.json below a folder:
+    python scripts/results_table.py benchmarks/results/demo/seed*.json
+    python scripts/results_table.py --subsets benchmarks/results/emoji_frozen/seed*.json
+The paper's tables (benchmarks/results/paper.json), with ours from every results.json below a folder:
     python scripts/results_table.py --paper runs
 """
 
@@ -23,7 +23,7 @@ from evaluation.model_record import benchmark_name
 from evaluation.output import DIRECTION_TITLES, aligned, markdown_table, protocol
 from models.errors import UserError, run_entry_point
 
-PAPER = Path(__file__).resolve().parents[1] / "benchmarks" / "paper.json"
+PAPER = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "paper.json"
 """The paper's figures, as printed, and what a results.json must say to stand in a row beside them."""
 
 

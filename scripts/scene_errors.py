@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.caption_datasets import CaptionDataset, read_field
-from data.scene_world import KINDS
+from data.scenes.world import KINDS
 from evaluation.output import read_rankings
 from evaluation.results import DirectionResults
 from models.errors import UserError, run_entry_point

@@ -19,13 +19,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.caption_datasets import CaptionDataset, load_annotations
-from data.scene_captions import word_kinds
+from data.scenes.captions import word_kinds
 from evaluation.gallery import build_gallery
-from models.backbone import Backbone
-from models.captions import CaptionIds
+from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
-from models.ranks import Ranks
+from models.language.captions import CaptionIds
+from models.vision.backbones import Backbone
 from scripts.scene_errors import read_scenes
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     model = EDJE.from_pretrained(arguments.checkpoint)
     dataset = load_annotations(arguments.annotations, arguments.annotations.parent, arguments.split)
     objects = [len(scene["objects"]) for scene in read_scenes(arguments.annotations, dataset)]
-    gallery = build_gallery(model, Backbone.load(model.config.backbone), dataset, Ranks())
+    gallery = build_gallery(model, Backbone.load(model.config.backbone), dataset, DistributedContext())
     tokens = gallery.tokens(torch.arange(len(dataset)))
     print("| hidden | right with two objects | with three |\n|---|---|---|")
     for kind, values in word_kinds().items():

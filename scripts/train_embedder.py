@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import platform
 import shutil
 import sys
@@ -30,16 +29,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.caption_datasets import load_annotations
-from models.backbone import CONFIG_FILE, WEIGHTS_FILE, load_directory
-from models.captions import build_vocabulary
-from models.checkpoint import half_precision, replace_text, write_safetensors
 from models.config_io import from_dict
+from models.distributed import pick_device
 from models.errors import UserError, run_entry_point
+from models.files import write_atomically
+from models.language.captions import build_vocabulary
+from models.language.pretrained import resolve_pretrained
 from models.precision import fastest_dtype
-from models.pretrained import resolve_pretrained
-from models.ranks import pick_device
-from training.embedder import EmbedderConfig, EmbedderTraining, Progress
-from training.embedder_data import Samples, load_samples, normalise
+from models.state_dicts import half_precision, write_safetensors
+from models.vision.backbones import CONFIG_FILE, WEIGHTS_FILE, load_directory
+from training.embedder.samples import Samples, load_samples, normalise
+from training.embedder.training import EmbedderConfig, EmbedderTraining, Progress
 
 STATE_FILE = "training_state.pt"
 RECORD_FILE = "TRAINING.json"
@@ -190,9 +190,7 @@ def write_weights(clip: nn.Module, file: Path, half: bool) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in clip.state_dict().items()}
     if half:
         state = half_precision(state)
-    temporary = file.with_name(file.name + ".tmp")
-    write_safetensors(temporary, state)
-    os.replace(temporary, file)
+    write_safetensors(file, state)
 
 
 def write_record(arguments: argparse.Namespace, progress: Progress, out: Path) -> None:
@@ -215,7 +213,7 @@ def write_record(arguments: argparse.Namespace, progress: Progress, out: Path) -
         "python": platform.python_version(),
         "history": progress.history,
     }
-    replace_text(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+    write_atomically(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

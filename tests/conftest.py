@@ -12,13 +12,13 @@ import torch
 import yaml
 
 from data.caption_datasets import load_annotations
-from data.scenes import write_scenes
-from models.backbone import WEIGHTS_FILE, Backbone
+from data.scenes.dataset import write_scenes
 from models.config import BackboneConfig
-from models.images import open_image
-from models.token_store import TokenStoreWriter
+from models.stores.token_store import TokenStoreWriter
+from models.vision.backbones import WEIGHTS_FILE, Backbone
+from models.vision.images import open_image
 from scripts.train_embedder import build_model, write_weights
-from training.embedder import EmbedderConfig
+from training.embedder.training import EmbedderConfig
 
 EMBEDDER = {
     "model": {

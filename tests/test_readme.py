@@ -31,7 +31,7 @@ def commands():
 @pytest.mark.parametrize("words", commands())
 def test_a_documented_command_names_files_options_and_keys_that_exist(words):
     if words[0] == "-m":
-        words = [words[1].replace(".", "/") + ".py", *words[2:]]
+        words = [words[1].replace(".", "/") + "/__main__.py", *words[2:]]
     script = ROOT / words[0]
     assert script.is_file()
     source = script.read_text()

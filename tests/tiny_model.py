@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from models.backbone import Backbone
-from models.captions import CaptionTokenizer, build_vocabulary
 from models.config import AdapterConfig, BackboneConfig, EDJEConfig, EncoderConfig
 from models.edje import EDJE
+from models.language.captions import CaptionTokenizer, build_vocabulary
+from models.vision.backbones import Backbone
 
 CAPTIONS = ["a red ball", "two dogs by the sea", "a green cube on a table"]
 CLIP = {

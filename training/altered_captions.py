@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from models.captions import CaptionIds, CaptionTokenizer
 from models.errors import UserError
+from models.language.captions import CaptionIds, CaptionTokenizer
 
 WordGroups = Sequence[Sequence[Sequence[str]]]
 """Groups of meanings that exclude each other, each its words: [[[left], [right]], [[over, above], [under]]]"""

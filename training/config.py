@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from models.checkpoint import replace_text
 from models.config import AdapterConfig, BackboneConfig, EncoderConfig
 from models.config_io import from_dict, to_dict
 from models.errors import UserError
+from models.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +298,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, atomically."""
-    replace_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_atomically(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

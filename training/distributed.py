@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.captions import CaptionIds
-from models.ranks import Ranks
+from models.distributed import DistributedContext
+from models.language.captions import CaptionIds
 
 
 class _AllGather(torch.autograd.Function):
@@ -33,41 +33,41 @@ class _AllGather(torch.autograd.Function):
         return gradient[ctx.rank * ctx.rows : (ctx.rank + 1) * ctx.rows]
 
 
-def gather(local: Tensor, ranks: Ranks) -> Tensor:
+def gather(local: Tensor, distributed: DistributedContext) -> Tensor:
     """[b, ...] of each rank, equal shapes -> [b * ranks, ...], in order of rank. Carries gradients."""
-    return local if ranks.size == 1 else _AllGather.apply(local)
+    return local if distributed.size == 1 else _AllGather.apply(local)
 
 
-def gather_captions(captions: CaptionIds, ranks: Ranks) -> CaptionIds:
+def gather_captions(captions: CaptionIds, distributed: DistributedContext) -> CaptionIds:
     """The captions of all ranks, in order of rank."""
-    if ranks.size == 1:
+    if distributed.size == 1:
         return captions
-    parts = ranks.gather_objects((captions.ids.cpu(), captions.lengths.cpu()))
-    return CaptionIds.cat([CaptionIds(ids, lengths) for ids, lengths in parts]).to(ranks.device)
+    parts = distributed.gather_objects((captions.ids.cpu(), captions.lengths.cpu()))
+    return CaptionIds.cat([CaptionIds(ids, lengths) for ids, lengths in parts]).to(distributed.device)
 
 
-def global_sum(value: Tensor, ranks: Ranks) -> Tensor:
+def global_sum(value: Tensor, distributed: DistributedContext) -> Tensor:
     """Sum of a tensor over the ranks, without gradients."""
     total = value.detach().clone()
-    if ranks.size > 1:
+    if distributed.size > 1:
         dist.all_reduce(total)
     return total
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter], distributed: DistributedContext) -> None:
     """Mean of the gradients over the ranks, in one transfer; a parameter without gradient counts as zero."""
-    if ranks.size == 1:
+    if distributed.size == 1:
         return
     parameters = list(parameters)
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
     dist.all_reduce(flat)
-    flat /= ranks.size
+    flat /= distributed.size
     for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = mean.view_as(parameter)
 
 
-def broadcast_parameters(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+def broadcast_parameters(parameters: Iterable[nn.Parameter], distributed: DistributedContext) -> None:
     """Rank 0's values on every rank."""
-    if ranks.size > 1:
+    if distributed.size > 1:
         for parameter in parameters:
             dist.broadcast(parameter.data, src=0)

@@ -21,11 +21,12 @@ from data.caption_datasets import CaptionDataset
 from data.neighbours import CaptionKeys
 from evaluation.results import choose_lambda
 from evaluation.retrieval import evaluate
-from models.checkpoint import atomic_directory, read_latest, write_checkpoint_files, write_latest
+from models.checkpoints.checkpoint import read_latest, write_checkpoint_files, write_latest
+from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
+from models.files import atomic_directory
 from models.precision import fastest_dtype
-from models.ranks import Ranks
 
 from .config import RunConfig, TrainingConfig, save_config
 from .distributed import average_gradients, broadcast_parameters, global_sum
@@ -65,7 +66,7 @@ class Run:
     config: RunConfig
     model: EDJE
     optimizer: torch.optim.AdamW
-    ranks: Ranks
+    distributed: DistributedContext
     step: int = 0
     """Optimizer steps done."""
     unreadable: dict[str, None] = field(default_factory=dict)
@@ -83,7 +84,7 @@ class Run:
         """Continue after the last complete checkpoint of `output`, if there is one."""
         latest = read_latest(self.checkpoints)
         if latest is None:
-            broadcast_parameters(self.model.parameters(), self.ranks)
+            broadcast_parameters(self.model.parameters(), self.distributed)
             return
         if self.config.training.resume == "never":
             raise UserError(f"{latest}: a run is there already and training.resume is 'never'; choose another output")
@@ -110,9 +111,9 @@ class Run:
 
     def save(self) -> None:
         """Write checkpoints/step-N, let LATEST name it, then remove old ones; a kill at any line loses nothing."""
-        lines = self.ranks.gather_objects(list(self.unreadable))
+        lines = self.distributed.gather_objects(list(self.unreadable))
         self.unreadable = dict.fromkeys(line for of_rank in lines for line in of_rank)
-        if self.ranks.is_main:
+        if self.distributed.is_main:
             final = self.checkpoints / f"step-{self.step:08d}"
             state = {"optimizer": self.optimizer.state_dict(), "step": self.step, "unreadable": list(self.unreadable)}
             with atomic_directory(final) as temporary:
@@ -120,7 +121,7 @@ class Run:
                 torch.save(state, temporary / STATE_FILE)
             write_latest(self.checkpoints, final.name)
             self._prune()
-        self.ranks.barrier()
+        self.distributed.barrier()
 
     def _prune(self) -> None:
         for old in sorted(self.checkpoints.glob("step-*"))[: -self.config.training.keep_checkpoints]:
@@ -131,7 +132,7 @@ class Run:
 
         Raises UserError before anything moves if the norm is not finite."""
         training = self.config.training
-        average_gradients(self.trainable, self.ranks)
+        average_gradients(self.trainable, self.distributed)
         clip = training.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, clip).item()
         if not math.isfinite(norm):
@@ -153,16 +154,18 @@ def train(
     validation: CaptionDataset | None,
 ) -> None:
     """Train to the configured number of steps, evaluate, and leave the final checkpoint."""
-    config, training, ranks = run.config, run.config.training, run.ranks
+    config, training, distributed = run.config, run.config.training, run.distributed
     run.restore()
     Path(config.output).mkdir(parents=True, exist_ok=True)
-    run_log = RunLog(Path(config.output), run.step, ranks)
-    if ranks.is_main:
+    run_log = RunLog(Path(config.output), run.step, distributed)
+    if distributed.is_main:
         save_config(config, Path(config.output) / "config.yaml")
         run_log.announce(_describe(run, batches, features))
-    reader = StepReader(config, run.model.tokenizer, batches, features, keys, ranks, run.step)
+    reader = StepReader(config, run.model.tokenizer, batches, features, keys, distributed, run.step)
     steps_per_epoch = len(batches.plan.dataset) / training.batch_size
-    with tqdm(total=training.steps, initial=run.step, unit="step", disable=not ranks.is_main, mininterval=2) as bar:
+    with tqdm(
+        total=training.steps, initial=run.step, unit="step", disable=not distributed.is_main, mininterval=2
+    ) as bar:
         while run.step < training.steps:
             losses, norm = optimizer_step(run, reader, objectives, steps_per_epoch)
             run_log.add(losses, norm, run.optimizer.param_groups[0]["lr"], reader.seconds_waited)
@@ -182,7 +185,7 @@ def optimizer_step(
     run: Run, reader: StepReader, objectives: Objectives, steps_per_epoch: float
 ) -> tuple[list[StepLosses], float]:
     """Losses and gradients of the step's micro-batches, then one update; returns losses and gradient norm."""
-    torch.manual_seed(_dropout_seed(run.config.seed, run.step, run.ranks.rank))
+    torch.manual_seed(_dropout_seed(run.config.seed, run.step, run.distributed.rank))
     run.model.train()
     losses = [_backward(run, reader.next(), objectives) for _ in range(run.config.training.accumulation)]
     return losses, run.update(steps_per_epoch)
@@ -197,7 +200,7 @@ def _backward(run: Run, inputs: StepInputs, objectives: Objectives) -> StepLosse
     with _autocast(run):
         losses = objectives(run.model, inputs)
     finite = torch.stack([torch.isfinite(loss.detach()) for loss in losses.losses.values()])
-    broken = global_sum((~finite).float(), run.ranks)
+    broken = global_sum((~finite).float(), run.distributed)
     if broken.any():
         names = [name for name, count in zip(losses.losses, broken.tolist(), strict=True) if count]
         raise UserError(
@@ -209,7 +212,7 @@ def _backward(run: Run, inputs: StepInputs, objectives: Objectives) -> StepLosse
 
 
 def _autocast(run: Run):
-    precision, device = run.config.training.precision, run.ranks.device
+    precision, device = run.config.training.precision, run.distributed.device
     dtype = fastest_dtype(device) if precision == "auto" else getattr(torch, precision)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
@@ -220,7 +223,7 @@ def _validate(run: Run, features: Features, validation: CaptionDataset, run_log:
         run.model,
         features.backbone,
         validation,
-        run.ranks,
+        run.distributed,
         k=min(run.config.evaluation.k, len(validation)),
         store=features.store,
         caption_store=features.caption_store,
@@ -241,8 +244,8 @@ def _describe(run: Run, batches: TrainingBatches, features: Features) -> list[st
     mined = f"{negatives.per_positive} a positive" if negatives.mode == "pairs" else f"groups of {negatives.group_size}"
     start = f"resumed at step {run.step}" if run.step else "from the start"
     return [
-        f"{trainable / 1e6:.1f}M trainable parameters, {frozen / 1e6:.1f}M frozen; {run.ranks.size} ranks on "
-        f"{run.ranks.device}; {len(batches.plan.dataset)} images, {len(batches.plan.dataset.captions)} captions",
+        f"{trainable / 1e6:.1f}M trainable parameters, {frozen / 1e6:.1f}M frozen; {run.distributed.size} ranks on "
+        f"{run.distributed.device}; {len(batches.plan.dataset)} images, {len(batches.plan.dataset.captions)} captions",
         f"{training.steps} steps of {training.batch_size} pairs; hard negatives: {mined}, from the {negatives.pool}; "
         f"reads {source}; {start}",
     ]

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.batches import random_stream
-from models.captions import CaptionIds, CaptionTokenizer
+from models.distributed import DistributedContext
 from models.edje import EDJE
-from models.ranks import Ranks
+from models.language.captions import CaptionIds, CaptionTokenizer
 
 from .altered_captions import CaptionAlterer, whole_words
 from .config import NegativesConfig, ObjectivesConfig
@@ -96,9 +96,20 @@ class Objectives:
     """Computes the losses of a step for one run's configuration."""
 
     def __init__(
-        self, config: ObjectivesConfig, negatives: NegativesConfig, seed: int, ranks: Ranks, teacher: EDJE | None = None
+        self,
+        config: ObjectivesConfig,
+        negatives: NegativesConfig,
+        seed: int,
+        distributed: DistributedContext,
+        teacher: EDJE | None = None,
     ):
-        self.config, self.negatives, self.seed, self.ranks, self.teacher = config, negatives, seed, ranks, teacher
+        self.config, self.negatives, self.seed, self.distributed, self.teacher = (
+            config,
+            negatives,
+            seed,
+            distributed,
+            teacher,
+        )
         self._alter: CaptionAlterer | None = None
 
     def __call__(self, model: EDJE, inputs: StepInputs) -> StepLosses:
@@ -124,7 +135,7 @@ class Objectives:
 
     def _own_rows(self, inputs: StepInputs) -> Tensor:
         count = len(inputs.rows)
-        return torch.arange(count, device=inputs.patch_tokens.device) + self.ranks.rank * count
+        return torch.arange(count, device=inputs.patch_tokens.device) + self.distributed.rank * count
 
     def _scope(self, inputs: StepInputs, tokens: Tensor) -> _Scope:
         own = self._own_rows(inputs)
@@ -132,13 +143,13 @@ class Objectives:
             similarity = similarities(inputs.text_embeddings, inputs.image_embeddings)
             local = torch.arange(len(own), device=own.device)
             return _Scope(tokens, inputs.captions, similarity, similarity, inputs.excluded[own][:, own], local)
-        texts, images = (gather(x, self.ranks) for x in (inputs.text_embeddings, inputs.image_embeddings))
+        texts, images = (gather(x, self.distributed) for x in (inputs.text_embeddings, inputs.image_embeddings))
         similarity = mining = similarities(texts, images)
         if inputs.retriever_embeddings is not None:
-            images, texts = (gather(x, self.ranks) for x in inputs.retriever_embeddings)
+            images, texts = (gather(x, self.distributed) for x in inputs.retriever_embeddings)
             mining = similarities(texts, images)
-        captions = gather_captions(inputs.captions, self.ranks)
-        return _Scope(gather(tokens, self.ranks), captions, similarity, mining, inputs.excluded, own)
+        captions = gather_captions(inputs.captions, self.distributed)
+        return _Scope(gather(tokens, self.distributed), captions, similarity, mining, inputs.excluded, own)
 
     def _match_losses(
         self, model: EDJE, inputs: StepInputs, tokens: Tensor
@@ -149,7 +160,7 @@ class Objectives:
             with torch.no_grad():
                 teacher_tokens = self.teacher.compress(inputs.patch_tokens)
                 if self.negatives.pool == "batch":
-                    teacher_tokens = gather(teacher_tokens, self.ranks)
+                    teacher_tokens = gather(teacher_tokens, self.distributed)
         if self.negatives.mode == "groups":
             return self._group_losses(model, inputs, scope, teacher_tokens)
         return self._pair_losses(model, inputs, scope, teacher_tokens)
@@ -183,8 +194,8 @@ class Objectives:
             number = int(inputs.rows[0]) // len(scope.excluded)
             stream = random_stream(self.seed, NEGATIVES, number)
             groups = group_neighbours(scope.mining, size, inputs.random_share, stream).to(scope.own.device)
-            share = len(groups) // self.ranks.size
-            groups = groups[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+            share = len(groups) // self.distributed.size
+            groups = groups[self.distributed.rank * share : (self.distributed.rank + 1) * share]
         excluded = scope.excluded[groups[:, :, None], groups[:, None, :]]
         logits = group_logits(model, scope.captions, scope.tokens, groups, scope.similarity)
         losses = {"itm": group_itm_loss(logits, excluded)}
@@ -203,7 +214,7 @@ class Objectives:
         hidden = model.encoder.encode(packed, packed.caption_rows[masked])
         total = F.cross_entropy(model.encoder.mlm_logits(hidden).float(), captions.ids[masked], reduction="sum")
         # Counts differ by rank: local sum * ranks / global count averages to the mean over all masked tokens.
-        return total * self.ranks.size / global_sum(masked.sum(), self.ranks).clamp(min=1)
+        return total * self.distributed.size / global_sum(masked.sum(), self.distributed).clamp(min=1)
 
     def _draw_mask(self, captions: CaptionIds, rows: Tensor, tokenizer: CaptionTokenizer) -> Tensor:
         """[T] bool: pieces to be masked, each with the configured probability; never an unknown word."""
@@ -220,21 +231,21 @@ class Objectives:
             self._alter = CaptionAlterer(self.config.altered_words, model.tokenizer, "objectives.altered_words")
         captions = inputs.captions.truncate(model.max_joint_pieces)
         altered, changed = self._alter(captions, [random_stream(self.seed, ALTERED, int(row)) for row in inputs.rows])
-        own, count = torch.nonzero(changed).flatten(), global_sum(changed.sum(), self.ranks)
+        own, count = torch.nonzero(changed).flatten(), global_sum(changed.sum(), self.distributed)
         if not len(own):
             return tokens.sum() * 0.0
         # The first stage's cosine, which a logit may contain, is the caption's own for both: the two cancel.
         cosine = (inputs.text_embeddings * inputs.image_embeddings).sum(1)[own].repeat(2)
         both = CaptionIds.cat([captions, altered])
         logits = model.match_logits(both, tokens, torch.cat([own, own + len(captions)]), own.repeat(2), cosine)
-        return altered_captions_loss(*logits.chunk(2)) * self.ranks.size / count
+        return altered_captions_loss(*logits.chunk(2)) * self.distributed.size / count
 
     def _itc(self, model: EDJE, inputs: StepInputs, text_cls: Tensor, image_cls: Tensor) -> Tensor:
         return contrastive_loss(
             image_cls,
             text_cls,
-            gather(image_cls, self.ranks),
-            gather(text_cls, self.ranks),
+            gather(image_cls, self.distributed),
+            gather(text_cls, self.distributed),
             self._own_rows(inputs),
             inputs.excluded,
             model.itc_logit_scale.exp().clamp(max=100),

@@ -10,8 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from evaluation.results import Results
-from models.checkpoint import replace_text
-from models.ranks import Ranks
+from models.distributed import DistributedContext
+from models.files import write_atomically
 
 from .objectives import StepLosses
 
@@ -19,14 +19,14 @@ from .objectives import StepLosses
 class RunLog:
     """Averages what the steps since the last line gave, over all ranks, and writes it on rank 0."""
 
-    def __init__(self, output: Path, first_step: int, ranks: Ranks):
+    def __init__(self, output: Path, first_step: int, distributed: DistributedContext):
         """`first_step`: steps done so far; lines of later steps, left by a killed run, are dropped."""
-        self.ranks, self.path = ranks, output / "metrics.jsonl"
+        self.distributed, self.path = distributed, output / "metrics.jsonl"
         self.values: dict[str, list[float]] = defaultdict(list)
         self.steps, self.learning_rate = 0, 0.0
         self.started, self.waited_before, self.waited = time.perf_counter(), 0.0, 0.0
         self.board = None
-        if ranks.is_main:
+        if distributed.is_main:
             _drop_lines_after(self.path, first_step)
             self.board = _summary_writer(output / "tensorboard", first_step)
 
@@ -44,7 +44,7 @@ class RunLog:
 
     def write(self, step: int, batch_size: int) -> str:
         """A line of metrics since the last one; returns a short form for the progress bar."""
-        of_ranks = self.ranks.gather_objects({name: sum(v) / len(v) for name, v in self.values.items()})
+        of_ranks = self.distributed.gather_objects({name: sum(v) / len(v) for name, v in self.values.items()})
         metrics = {name: sum(rank[name] for rank in of_ranks) / len(of_ranks) for name in of_ranks[0]}
         seconds = time.perf_counter() - self.started
         metrics |= {
@@ -68,7 +68,7 @@ class RunLog:
             gains = ", ".join(f"{column} {found[column]['R@1']:.1f}" for column in ("reranked", "fused"))
             line.append(f"{direction} R@1 embedding {found['embedding']['R@1']:.1f}, {gains}")
         self._record({"step": step} | recalls)
-        if self.ranks.is_main:
+        if self.distributed.is_main:
             tqdm.write(f"step {step}: validation " + "; ".join(line))
         self.started = time.perf_counter()  # an evaluation is not training time
 
@@ -76,13 +76,13 @@ class RunLog:
         """Flush, and list the images that were skipped."""
         if self.board is not None:
             self.board.close()
-        if unreadable and self.ranks.is_main:
+        if unreadable and self.distributed.is_main:
             tqdm.write(f"{len(unreadable)} images could not be read and were replaced by others:")
             for line in unreadable:
                 tqdm.write(f"  {line}")
 
     def _record(self, values: dict[str, float]) -> None:
-        if not self.ranks.is_main:
+        if not self.distributed.is_main:
             return
         with self.path.open("a") as stream:
             stream.write(json.dumps(values) + "\n")
@@ -101,7 +101,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue  # the line that a kill cut short
-    replace_text(path, "".join(kept))
+    write_atomically(path, "".join(kept))
 
 
 def _summary_writer(directory: Path, first_step: int):

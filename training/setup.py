@@ -19,19 +19,19 @@ from data.caption_datasets import CaptionDataset, load_annotations, read_field
 from data.json_documents import is_list
 from data.neighbours import CaptionKeys, nearest_images
 from data.webdataset_shards import load_shards
-from models.captions import CaptionTokenizer, build_vocabulary
-from models.checkpoint import load_state
 from models.config import BackboneDims, EDJEConfig
+from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
-from models.pretrained import read_bert_config
-from models.ranks import Ranks
-from models.token_store import TokenStore
+from models.language.captions import CaptionTokenizer, build_vocabulary
+from models.language.pretrained import read_bert_config
+from models.state_dicts import load_state
+from models.stores.token_store import TokenStore
 
 from .config import NegativesConfig, RunConfig
 
 if TYPE_CHECKING:
-    from models.backbone import Backbone
+    from models.vision.backbones import Backbone
 
 log = logging.getLogger("edje")
 
@@ -49,9 +49,9 @@ class Features:
     """Stores of another model's image and caption embeddings, by which negatives are mined; None: by the backbone's."""
 
 
-def open_features(config: RunConfig, ranks: Ranks) -> Features:
+def open_features(config: RunConfig, distributed: DistributedContext) -> Features:
     """Open the run's stores, or load its backbone where there are none (with stores no backbone is loaded at all)."""
-    features = _open_own_features(config, ranks)
+    features = _open_own_features(config, distributed)
     if not config.negatives.store:
         return features
     retriever = TokenStore.open(config.negatives.store), TokenStore.open(config.negatives.caption_store)
@@ -59,11 +59,11 @@ def open_features(config: RunConfig, ranks: Ranks) -> Features:
     return replace(features, retriever=retriever)
 
 
-def _open_own_features(config: RunConfig, ranks: Ranks) -> Features:
+def _open_own_features(config: RunConfig, distributed: DistributedContext) -> Features:
     if not config.data.store:
-        from models.backbone import Backbone  # open_clip takes seconds to import
+        from models.vision.backbones import Backbone  # open_clip takes seconds to import
 
-        backbone = Backbone.load(config.backbone, ranks.device, config.training.precision)
+        backbone = Backbone.load(config.backbone, distributed.device, config.training.precision)
         return Features(backbone.dims, backbone.fingerprint, backbone=backbone)
     store, captions = TokenStore.open(config.data.store), TokenStore.open(config.data.caption_store)
     if store.manifest.adapter:
@@ -75,16 +75,16 @@ def _open_own_features(config: RunConfig, ranks: Ranks) -> Features:
     return Features(dims, store.manifest.backbone, store=store, caption_store=captions)
 
 
-def load_training_split(config: RunConfig, ranks: Ranks) -> CaptionDataset:
+def load_training_split(config: RunConfig, distributed: DistributedContext) -> CaptionDataset:
     """The images and captions to train on."""
     data = config.data
     if not data.root or not (data.annotation_files or data.shards):
         raise UserError("data.root and data.annotations are needed; e.g. data.root=DIR on the command line")
     if data.shards:
         cache = data.cache or Path(config.output) / "cache"
-        with ranks.main_first():
+        with distributed.main_first():
             return load_shards(data.shards, data.root, cache, data.num_workers)
-    with ranks.main_first() if data.cache else nullcontext():
+    with distributed.main_first() if data.cache else nullcontext():
         return load_annotations(data.annotation_files, data.root, data.train_split, cache=data.cache or None)
 
 
@@ -104,7 +104,9 @@ def load_validation_split(config: RunConfig) -> CaptionDataset | None:
     return load_annotations(data.annotation_files, data.root, data.val_split)
 
 
-def build_model(config: RunConfig, features: Features, dataset: CaptionDataset, ranks: Ranks) -> EDJE:
+def build_model(
+    config: RunConfig, features: Features, dataset: CaptionDataset, distributed: DistributedContext
+) -> EDJE:
     """The model to train: from a checkpoint (`init_from`), on pretrained BERT weights, or from scratch.
 
     The same on every rank: initial weights come from config.seed."""
@@ -120,7 +122,7 @@ def build_model(config: RunConfig, features: Features, dataset: CaptionDataset, 
             attention_dropout=config.model.encoder.attention_dropout,
         )
     else:
-        tokenizer = _tokenizer_of_captions(config, dataset, ranks)
+        tokenizer = _tokenizer_of_captions(config, dataset, distributed)
         encoder = replace(config.model.encoder, vocab_size=tokenizer.vocab_size)
     model_config = _model_config(config, features, encoder)
     longest = model_config.max_caption_tokens + model_config.num_vision_tokens
@@ -128,7 +130,7 @@ def build_model(config: RunConfig, features: Features, dataset: CaptionDataset, 
     model = EDJE(replace(model_config, encoder=encoder), tokenizer)
     if weights:
         missing = model.encoder.load_bert(weights)
-        if missing and config.objectives.mlm and ranks.is_main:
+        if missing and config.objectives.mlm and distributed.is_main:
             log.warning("%s has no %s: these start at random", weights, ", ".join(missing))
     return model
 
@@ -153,12 +155,14 @@ def _located(pretrained: str) -> str:
     return str(Path(pretrained).resolve()) if pretrained and Path(pretrained).exists() else pretrained
 
 
-def _tokenizer_of_captions(config: RunConfig, dataset: CaptionDataset, ranks: Ranks) -> CaptionTokenizer:
+def _tokenizer_of_captions(
+    config: RunConfig, dataset: CaptionDataset, distributed: DistributedContext
+) -> CaptionTokenizer:
     path = Path(config.output) / "vocab.txt"
-    if ranks.is_main:
+    if distributed.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         build_vocabulary(dataset.captions, path)
-    ranks.barrier()
+    distributed.barrier()
     return CaptionTokenizer.from_pretrained(path)
 
 
@@ -206,11 +210,11 @@ def check_backbone(saved: EDJEConfig, features: Features, where: str | Path) -> 
         )
 
 
-def load_teacher(config: RunConfig, features: Features, model: EDJE, ranks: Ranks) -> EDJE | None:
+def load_teacher(config: RunConfig, features: Features, model: EDJE, distributed: DistributedContext) -> EDJE | None:
     """The frozen model whose logits are distilled, or None where none is configured."""
     if not config.objectives.teacher:
         return None
-    teacher = EDJE.from_pretrained(config.objectives.teacher, ranks.device).requires_grad_(False)
+    teacher = EDJE.from_pretrained(config.objectives.teacher, distributed.device).requires_grad_(False)
     check_backbone(teacher.config, features, config.objectives.teacher)
     if teacher.tokenizer.vocab != model.tokenizer.vocab:
         raise UserError(
@@ -220,7 +224,7 @@ def load_teacher(config: RunConfig, features: Features, model: EDJE, ranks: Rank
 
 
 def build_batches(
-    config: RunConfig, features: Features, dataset: CaptionDataset, keys: CaptionKeys, ranks: Ranks
+    config: RunConfig, features: Features, dataset: CaptionDataset, keys: CaptionKeys, distributed: DistributedContext
 ) -> TrainingBatches:
     """The run's batches: this rank's share of each global micro-batch."""
     negatives, accumulation = config.negatives, config.training.accumulation
@@ -245,7 +249,7 @@ def build_batches(
         partial(_random_share, negatives, accumulation),
     )
     preprocess = features.backbone.preprocess if features.backbone else None
-    return TrainingBatches(plan, ranks.rank, ranks.size, preprocess, features.store, features.caption_store)
+    return TrainingBatches(plan, distributed.rank, distributed.size, preprocess, features.store, features.caption_store)
 
 
 def _random_share(negatives: NegativesConfig, accumulation: int, number: int) -> float:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from data.batches import Batch, TrainingBatches
 from data.neighbours import CaptionKeys
-from models.captions import CaptionTokenizer
+from models.distributed import DistributedContext
 from models.errors import UserError
-from models.ranks import Ranks
+from models.language.captions import CaptionTokenizer
 
 from .config import RunConfig
 from .distributed import gather
@@ -29,10 +29,10 @@ class StepReader:
         batches: TrainingBatches,
         features: Features,
         keys: CaptionKeys,
-        ranks: Ranks,
+        distributed: DistributedContext,
         first_step: int = 0,
     ):
-        self.config, self.tokenizer, self.ranks = config, tokenizer, ranks
+        self.config, self.tokenizer, self.distributed = config, tokenizer, distributed
         self.batches, self.features, self.keys = batches, features, keys
         # With groups from the data set, mining was done when they were laid out.
         self.retriever = features.retriever if config.negatives.pool == "batch" else None
@@ -53,10 +53,13 @@ class StepReader:
         batch = next(self.stream)
         self.seconds_waited += time.perf_counter() - start
         self._count_unreadable(batch)
-        device, ranks = self.ranks.device, self.ranks
+        device, distributed = self.distributed.device, self.distributed
         raw = [self.batches.plan.dataset.captions[c] for c in batch.captions]
         patches, images, texts = self._features(batch, raw)
-        captions, image_numbers = gather(batch.captions.to(device), ranks), gather(batch.images.to(device), ranks)
+        captions, image_numbers = (
+            gather(batch.captions.to(device), distributed),
+            gather(batch.images.to(device), distributed),
+        )
         step = batch.number // self.accumulation
         return StepInputs(
             rows=batch.rows,
@@ -82,7 +85,9 @@ class StepReader:
         if self.retriever is None:
             return None
         numbers = zip(self.retriever, self.retriever_rows, (batch.images, batch.captions), strict=True)
-        return tuple(store.gather_embedding_rows(rows[n.numpy()]).to(self.ranks.device) for store, rows, n in numbers)
+        return tuple(
+            store.gather_embedding_rows(rows[n.numpy()]).to(self.distributed.device) for store, rows, n in numbers
+        )
 
     def _count_unreadable(self, batch: Batch) -> None:
         self.images_read += len(batch.rows)

@@ -9,7 +9,7 @@ import torch
 from data.batches import BatchPlan, TrainingBatches
 from data.caption_datasets import load_annotations
 from models.errors import UserError
-from models.token_store import TokenStore
+from models.stores.token_store import TokenStore
 
 
 @pytest.fixture(scope="module")

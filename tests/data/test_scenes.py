@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.scene_captions import CaptionWriter
-from data.scene_world import VALUES, Scene, draw_splits
-from data.scenes import main, read_annotations, write_contact_sheet, write_scenes
+from data.scenes.__main__ import main
+from data.scenes.captions import CaptionWriter
+from data.scenes.dataset import read_annotations, write_contact_sheet, write_scenes
+from data.scenes.world import VALUES, Scene, draw_splits
 from models.errors import UserError
 
 SIZES = {"train": 240, "val": 40, "test": 120}

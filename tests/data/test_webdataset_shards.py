@@ -11,7 +11,7 @@ from data import webdataset_shards
 from data.batches import BatchPlan, TrainingBatches
 from data.webdataset_shards import SHARDS_AT_A_TIME, find_shards, load_shards
 from models.errors import UserError
-from models.images import ImageError, open_image
+from models.vision.images import ImageError, open_image
 from tests.shards import jpeg, sample, write_shards, write_tar
 
 COUNTS = [5, 1, 7, 3, 4, 6, 2, 5, 3, 4]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluation.blocks import Stopwatch, blocks, own_blocks, run_blocks
-from models.ranks import Ranks
+from models.distributed import DistributedContext
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def threads():
 def test_every_block_belongs_to_exactly_one_rank(size):
     parts = blocks(total=23, size=4)
     assert [i for part in parts for i in range(23)[part]] == list(range(23))
-    dealt = [part for rank in range(size) for part in own_blocks(parts, Ranks(rank, size))]
+    dealt = [part for rank in range(size) for part in own_blocks(parts, DistributedContext(rank, size))]
     assert sorted(dealt, key=lambda part: part.start) == parts
 
 

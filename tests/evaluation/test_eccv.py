@@ -18,8 +18,8 @@ from evaluation.eccv import DEPTH, CocoIds, add_extended_figures, may_be_coco_te
 from evaluation.evaluate_retrieval import Source, find_coco_ids
 from evaluation.output import markdown_table, results_json
 from evaluation.results import DirectionResults, Results
+from models.distributed import DistributedContext
 from models.errors import UserError
-from models.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +173,16 @@ def wanted(eccv: bool, folds: int = 1) -> argparse.Namespace:
 
 def test_the_5k_test_split_gets_the_figures_unasked_and_other_data_does_not(annotations, dataset, scenes):
     source = Source("coco", annotations, annotations.parent)
-    assert find_coco_ids(wanted(False), source, dataset, Ranks()) is not None
-    assert find_coco_ids(wanted(False, folds=5), source, dataset, Ranks()) is None
+    assert find_coco_ids(wanted(False), source, dataset, DistributedContext()) is not None
+    assert find_coco_ids(wanted(False, folds=5), source, dataset, DistributedContext()) is None
     small = load_annotations(scenes / "dataset_scenes.json", scenes, "test")
     assert not may_be_coco_test(small)
-    assert find_coco_ids(wanted(False), Source("x", scenes / "dataset_scenes.json", scenes), small, Ranks()) is None
+    assert (
+        find_coco_ids(wanted(False), Source("x", scenes / "dataset_scenes.json", scenes), small, DistributedContext())
+        is None
+    )
     with pytest.raises(UserError, match="drop --folds"):
-        find_coco_ids(wanted(True, folds=5), source, dataset, Ranks())
+        find_coco_ids(wanted(True, folds=5), source, dataset, DistributedContext())
 
 
 @pytest.fixture
@@ -193,6 +196,6 @@ def without_package(monkeypatch):
 def test_without_the_package_its_pip_command_is_named(annotations, dataset, without_package, capsys):
     source = Source("coco", annotations, annotations.parent)
     with pytest.raises(UserError, match="pip install eccv-caption"):
-        find_coco_ids(wanted(True), source, dataset, Ranks())
-    assert find_coco_ids(wanted(False), source, dataset, Ranks()) is None
+        find_coco_ids(wanted(True), source, dataset, DistributedContext())
+    assert find_coco_ids(wanted(False), source, dataset, DistributedContext()) is None
     assert "pip install eccv-caption" in capsys.readouterr().out

@@ -16,12 +16,12 @@ import yaml
 from data.caption_datasets import load_annotations
 from evaluation.evaluate_retrieval import main
 from evaluation.output import read_rankings
-from models.backbone import Backbone
-from models.captions import CaptionTokenizer, build_vocabulary
-from models.checkpoint import read_config, write_config, write_latest
+from models.checkpoints.checkpoint import read_config, write_config, write_latest
 from models.config import AdapterConfig, EDJEConfig, EncoderConfig
 from models.edje import EDJE
 from models.errors import UserError
+from models.language.captions import CaptionTokenizer, build_vocabulary
+from models.vision.backbones import Backbone
 from tests.processes import ROOT, run_script
 
 SCRIPT = "evaluation/evaluate_retrieval.py"

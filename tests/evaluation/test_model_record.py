@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from evaluation.model_record import benchmark_name, model_record, run_directory
-from models.backbone import Backbone
+from models.vision.backbones import Backbone
 from tests.tiny_model import make_model
 
 

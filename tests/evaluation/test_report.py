@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from data.caption_datasets import CaptionDataset, load_annotations
-from evaluation.charts import Line, line_chart, ticks
 from evaluation.output import read_rankings, results_json, write_results
-from evaluation.report import LOSSES, main, write_report
+from evaluation.report.charts import Line, line_chart, ticks
+from evaluation.report.examples import pick_examples
+from evaluation.report.report import LOSSES, main, write_report
 from evaluation.results import DirectionResults, Results
-from evaluation.showcase import pick_examples
 from models.errors import UserError
 
 VOID = {"img", "meta", "br", "circle", "line", "polyline"}

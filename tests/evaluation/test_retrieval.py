@@ -13,16 +13,16 @@ from eccv_caption._metrics import compute_coco1k_r_at_k
 from data.caption_datasets import CaptionDataset, load_annotations
 from evaluation.gallery import build_gallery
 from evaluation.retrieval import _collect, evaluate, first_stage, rerank_pools
-from models.backbone import Backbone
-from models.captions import CaptionTokenizer, build_vocabulary
-from models.checkpoint import adapter_fingerprint
+from models.checkpoints.checkpoint import adapter_fingerprint
 from models.config import AdapterConfig, EDJEConfig, EncoderConfig
+from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
-from models.ranks import Ranks
-from models.token_store import TokenStore, TokenStoreWriter
+from models.language.captions import CaptionTokenizer, build_vocabulary
+from models.stores.token_store import TokenStore, TokenStoreWriter
+from models.vision.backbones import Backbone
 
-ALONE = Ranks()
+ALONE = DistributedContext()
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_recall_at_k_is_the_embeddings_own(model, backbone, dataset):
 def test_a_pair_that_comes_back_twice_stops_the_evaluation():
     half = (torch.tensor([0, 1]), torch.tensor([0.5, 0.25]))
     with pytest.raises(AssertionError, match="twice or not at all"):
-        _collect([half, half], total=4, ranks=ALONE)
+        _collect([half, half], total=4, distributed=ALONE)
 
 
 def test_stored_patch_tokens_give_the_results_of_images_without_a_backbone(model, backbone, dataset, stores):

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.adapter import TokenCompressionAdapter, build_adapter, nearest_centres
 from models.config import AdapterConfig, BackboneDims
 from models.errors import UserError
-from models.places import place_codes
+from models.vision.adapters import TokenCompressionAdapter, build_adapter, nearest_centres
+from models.vision.position_codes import position_codes
 from training.config import load_config
 
 
@@ -63,7 +63,7 @@ def test_equal_patches_become_different_tokens_with_places_only():
 
 def test_place_codes_are_nearer_the_nearer_the_places():
     places = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 3.0], [7.0, 7.0]])
-    codes = place_codes(places, 100.0 ** (-torch.arange(16) / 16))
+    codes = position_codes(places, 100.0 ** (-torch.arange(16) / 16))
     distances = (codes - codes[0]).norm(dim=1)
     assert distances[0] == 0 and distances.diff().min() > 0
 

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from models.attention import AttentionAtOnce, AttentionByLength
-from models.packing import Group
+from models.encoder.attention import AttentionAtOnce, AttentionByLength
+from models.encoder.packing import Group
 
 GROUPS = (Group(0, 2, 3), Group(6, 1, 5), Group(11, 3, 16), Group(59, 1, 19))
 ROWS, HEADS, WIDTH = 78, 4, 32

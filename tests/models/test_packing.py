@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from models.captions import CaptionIds
-from models.packing import PackedInput, SpecialTokens, pack_captions, pack_images, pack_pairs
+from models.encoder.packing import PackedInput, SpecialTokens, pack_captions, pack_images, pack_pairs
+from models.language.captions import CaptionIds
 
 SPECIAL = SpecialTokens(cls_id=1, sep_id=2)
 WORDS = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))

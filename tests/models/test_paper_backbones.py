@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from models.backbone import Backbone
-from models.checkpoint import load_state
 from models.config import BackboneConfig, BackboneDims
+from models.state_dicts import load_state
+from models.vision.backbones import Backbone
 from tests.processes import ROOT
 from training.config import load_config
 

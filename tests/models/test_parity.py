@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.captions import CaptionIds, canonical_caption
 from models.edje import EDJE
+from models.language.captions import CaptionIds, canonical_caption
 from tests.parity.published_case import CASES, PARITY, PublishedCase, assert_close
 
 

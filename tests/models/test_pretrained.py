@@ -7,9 +7,9 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from models.config import EncoderConfig
+from models.encoder.joint_encoder import JointEncoder
 from models.errors import UserError
-from models.joint_encoder import JointEncoder
-from models.pretrained import read_bert_config, resolve_pretrained
+from models.language.pretrained import read_bert_config, resolve_pretrained
 
 CONFIG = EncoderConfig(vocab_size=20, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=12, max_positions=10)
 SPECIAL = {"cls_id": 1, "sep_id": 2}

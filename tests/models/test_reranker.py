@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from models import Reranker, TokenStore
-from models.backbone import Backbone
 from models.edje import EDJE
 from models.errors import UserError
-from models.images import open_image
+from models.vision.backbones import Backbone
+from models.vision.images import open_image
 from tests.tiny_model import CAPTIONS, make_model, write_backbone, write_images
 
 ROOT = Path(__file__).parents[2]

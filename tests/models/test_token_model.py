@@ -13,13 +13,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from data.caption_datasets import load_annotations
-from models.backbone import Backbone
 from models.config import BackboneConfig
 from models.errors import UserError
-from models.images import open_image
 from models.reranker import Reranker
-from models.token_store import TokenStore
-from models.towers import TIMM_WEIGHTS_FILE
+from models.stores.token_store import TokenStore
+from models.vision.backbones import Backbone
+from models.vision.images import open_image
+from models.vision.towers import TIMM_WEIGHTS_FILE
 from tests.processes import run_script
 
 NARROW = {"img_size": 56, "embed_dim": 40, "depth": 2, "num_heads": 2}

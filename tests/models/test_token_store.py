@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from models.errors import UserError
-from models.token_store import TokenStore, TokenStoreWriter
+from models.stores.token_store import TokenStore, TokenStoreWriter
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "store_v1"

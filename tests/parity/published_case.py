@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.captions import CaptionIds
-from models.checkpoint import load_state
+from models.checkpoints.published import read_published
 from models.edje import EDJE
-from models.packing import PackedInput
-from models.published import read_published
+from models.encoder.packing import PackedInput
+from models.language.captions import CaptionIds
+from models.state_dicts import load_state
 
 PARITY = Path(__file__).parent
 CASES = ("tiny_local", "tiny_m4", "tiny_m7", "tiny_long", "tiny_bf16")

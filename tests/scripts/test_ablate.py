@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 import pytest
 import yaml
 
-from evaluation.charts import Point, scatter_charts
+from evaluation.report.charts import Point, scatter_charts
 from scripts.ablate import difference
 from tests.processes import ROOT, run_script
 

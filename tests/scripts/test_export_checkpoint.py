@@ -9,10 +9,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from models.backbone import Backbone
-from models.checkpoint import CARD_FILE, write_latest
+from models.checkpoints.checkpoint import CARD_FILE, write_latest
 from models.edje import EDJE
 from models.errors import UserError
+from models.vision.backbones import Backbone
 from scripts.export_checkpoint import export_checkpoint
 from tests.processes import ROOT, run_script
 from tests.tiny_model import CAPTIONS, make_model, write_backbone
@@ -45,7 +45,7 @@ def test_the_copy_is_half_as_large_and_scores_as_the_run_does(tmp_path, run):
 
 def write_results(file: Path, checkpoint: str, r1: float) -> Path:
     """The figures of a real evaluation, under the name of another checkpoint."""
-    results = json.loads((ROOT / "benchmarks" / "demo" / "seed0.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / "demo" / "seed0.json").read_text())
     results |= {"checkpoint": checkpoint, "dataset": "/home/someone/coco/coco_karpathy_test.json"}
     results["t2i"]["reranked"]["R@1"] = r1
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save, save_file
 
+from models.checkpoints.published import FROZEN_TOWERS, LAYER, POSITIONS, TIED, TYPES, our_name, read_published
 from models.edje import EDJE
 from models.errors import UserError
-from models.published import FROZEN_TOWERS, LAYER, POSITIONS, TIED, TYPES, our_name, read_published
 from scripts.import_checkpoint import import_checkpoint
 from tests.processes import ROOT, run_script
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import models.indexing
-from models.backbone import Backbone
+import models.stores.indexing
 from models.config import AdapterConfig
 from models.edje import EDJE
 from models.errors import UserError
-from models.images import open_image
-from models.indexing import precompute, precompute_captions
-from models.token_store import TokenStore
+from models.stores.indexing import precompute, precompute_captions
+from models.stores.token_store import TokenStore
+from models.vision.backbones import Backbone
+from models.vision.images import open_image
 from scripts.precompute_tokens import read_image_files
 from tests.processes import ROOT, run_script
 from tests.shards import sample, write_shards, write_tar
@@ -104,7 +104,7 @@ def test_caption_embeddings_are_stored_once_for_equal_captions(backbone, tmp_pat
 def test_an_interrupted_run_continues_to_identical_bytes(files, backbone, tmp_path, monkeypatch):
     paths, ids = paths_and_ids(files, 150)
     precompute(tmp_path / "whole", paths, ids, backbone, progress=False)
-    encode, calls = models.indexing._encode, []
+    encode, calls = models.stores.indexing._encode, []
 
     def encode_until_interrupted(*arguments):
         calls.append(arguments)
@@ -112,7 +112,7 @@ def test_an_interrupted_run_continues_to_identical_bytes(files, backbone, tmp_pa
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(models.indexing, "_encode", encode_until_interrupted)
+    monkeypatch.setattr(models.stores.indexing, "_encode", encode_until_interrupted)
     with pytest.raises(KeyboardInterrupt):
         precompute(tmp_path / "s", paths, ids, backbone, progress=False)
     calls[:] = [None] * 4

@@ -15,7 +15,7 @@ from scripts.results_table import PAPER, paper_tables, read_results, table
 from tests.processes import ROOT, run_script
 
 SCRIPT = "scripts/results_table.py"
-SEEDS = sorted((ROOT / "benchmarks" / "demo").glob("seed*.json"))
+SEEDS = sorted((ROOT / "benchmarks" / "results" / "demo").glob("seed*.json"))
 
 
 def cells(text: str) -> list[list[str]]:

@@ -10,13 +10,13 @@ import torch
 import yaml
 
 from data.caption_datasets import load_annotations
-from data.scene_captions import word_kinds
-from data.scenes import write_scenes
+from data.scenes.captions import word_kinds
+from data.scenes.dataset import write_scenes
 from evaluation.gallery import build_gallery
-from models.backbone import Backbone
+from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
-from models.ranks import Ranks
+from models.vision.backbones import Backbone
 from scripts.scene_words import fill_in, main
 from tests.tiny_model import make_model, write_backbone
 from training.altered_captions import CaptionAlterer
@@ -48,7 +48,7 @@ def test_the_committed_weights_tell_altered_captions_from_true_ones(annotations,
     model = EDJE.from_pretrained("configs/pretrained/scenes")
     dataset = load_annotations(annotations, annotations.parent, "val")
     backbone = Backbone.load(model.config.backbone, precision="float32")
-    tokens = build_gallery(model, backbone, dataset, Ranks()).tokens(torch.arange(len(dataset)))
+    tokens = build_gallery(model, backbone, dataset, DistributedContext()).tokens(torch.arange(len(dataset)))
     captions = model.tokenizer(dataset.captions)
     words = load_config("configs/demo.yaml").objectives.altered_words
     streams = [np.random.default_rng(row) for row in range(len(captions))]

@@ -12,12 +12,12 @@ import yaml
 from PIL import Image, ImageDraw
 
 from data.caption_datasets import load_annotations
-from models.backbone import WEIGHTS_FILE, Backbone
 from models.config import BackboneConfig
 from models.errors import UserError
+from models.vision.backbones import WEIGHTS_FILE, Backbone
 from scripts import train_embedder
-from training.embedder import EmbedderConfig, EmbedderTraining, Progress
-from training.embedder_data import Samples, cached_side, draw_batch, random_crops
+from training.embedder.samples import Samples, cached_side, draw_batch, random_crops
+from training.embedder.training import EmbedderConfig, EmbedderTraining, Progress
 
 COLOURS = ["red", "green", "blue", "yellow", "black"]
 CONFIG = {

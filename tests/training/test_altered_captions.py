@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.captions import CaptionTokenizer, build_vocabulary
 from models.errors import UserError
+from models.language.captions import CaptionTokenizer, build_vocabulary
 from training.altered_captions import CaptionAlterer
 from training.losses import altered_captions_loss
 

@@ -18,16 +18,16 @@ from tests.processes import ROOT, run_script, start_script
 from tests.shards import write_shards
 
 
-def run(config: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    if ranks == 1:
+def run(config: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
+    if processes == 1:
         return run_script("train.py", "--config", config, *overrides)
-    torchrun = ["torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--standalone"]
+    torchrun = ["torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--standalone"]
     command = [sys.executable, "-m", *torchrun, ROOT / "train.py", "--config", config, *overrides]
     return subprocess.run(command, capture_output=True, text=True, cwd="/")
 
 
-def train(config: Path, *overrides: str, ranks: int = 1) -> None:
-    done = run(config, *overrides, ranks=ranks)
+def train(config: Path, *overrides: str, processes: int = 1) -> None:
+    done = run(config, *overrides, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -106,7 +106,7 @@ def test_two_ranks_train_to_the_loss_curve_of_one_process(run_config, stores, tm
     variant = [option.format(*stores) for option in variant]
     shared = [*stored(stores), *NO_DROPOUT, *variant, "training.steps=20", "training.batch_size=16"]
     train(run_config, *shared, f"output={tmp_path / 'one'}")
-    train(run_config, *shared, f"output={tmp_path / 'two'}", ranks=2)
+    train(run_config, *shared, f"output={tmp_path / 'two'}", processes=2)
     names = ["itm", "mlm", "itc", "text_recovery", "grad_norm"]
     for name in [*names, "altered_captions"] if ALTERED[0] in variant else names:
         assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), rel=1e-4), name

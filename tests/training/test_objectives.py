@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from data.batches import random_stream
 from data.caption_datasets import CaptionDataset
 from data.neighbours import CaptionKeys
-from models.captions import CaptionTokenizer, build_vocabulary
 from models.config import AdapterConfig, BackboneConfig, BackboneDims, EDJEConfig, EncoderConfig
+from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
-from models.ranks import Ranks
+from models.language.captions import CaptionTokenizer, build_vocabulary
 from training.altered_captions import CaptionAlterer
 from training.config import NegativesConfig, ObjectivesConfig
 from training.losses import (
@@ -141,7 +141,7 @@ def test_contrast_is_clip_loss_where_nothing_is_excluded():
 @pytest.mark.parametrize("kind", ["compression", "local"])
 def test_gradients_reach_adapter_encoder_and_every_head(tokenizer, kind):
     model = build(tokenizer, kind)
-    losses = Objectives(ALL, NegativesConfig(), 0, Ranks())(model, make_inputs(tokenizer))
+    losses = Objectives(ALL, NegativesConfig(), 0, DistributedContext())(model, make_inputs(tokenizer))
     assert set(losses.losses) == {"itm", "mlm", "text_recovery", "itc"}
     losses.total.backward()
     # Biases of keys and of the logit cancel in a softmax; similarity_log_weight is for the residual form.
@@ -157,14 +157,14 @@ def test_a_true_match_in_the_batch_changes_no_match_loss(tokenizer, mode):
     only_itm = ObjectivesConfig(itm=1, mlm=0, text_recovery=0)
     inputs = make_inputs(tokenizer)
     inputs.excluded[:] = True
-    losses = Objectives(only_itm, negatives, 0, Ranks())(build(tokenizer), inputs)
+    losses = Objectives(only_itm, negatives, 0, DistributedContext())(build(tokenizer), inputs)
     torch.testing.assert_close(losses.losses["itm"], torch.tensor(0.0), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["pairs", "groups"])
 def test_another_retrievers_embeddings_choose_the_negatives_and_nothing_else(tokenizer, mode):
     """As if they were the backbone's own without residual; with it, the logits keep the backbone's cosine."""
-    objectives = Objectives(ObjectivesConfig(mlm=0), NegativesConfig(mode=mode, group_size=3), 0, Ranks())
+    objectives = Objectives(ObjectivesConfig(mlm=0), NegativesConfig(mode=mode, group_size=3), 0, DistributedContext())
     own, other = make_inputs(tokenizer, seed=0), make_inputs(tokenizer, seed=7)
     mixed = replace(own, retriever_embeddings=(other.image_embeddings, other.text_embeddings))
     swapped = replace(own, image_embeddings=other.image_embeddings, text_embeddings=other.text_embeddings)
@@ -178,13 +178,13 @@ def test_another_retrievers_embeddings_choose_the_negatives_and_nothing_else(tok
 
 def test_only_objectives_with_a_weight_are_computed(tokenizer):
     config = ObjectivesConfig(itm=0, mlm=0.5, text_recovery=0)
-    losses = Objectives(config, NegativesConfig(), 0, Ranks())(build(tokenizer), make_inputs(tokenizer))
+    losses = Objectives(config, NegativesConfig(), 0, DistributedContext())(build(tokenizer), make_inputs(tokenizer))
     assert set(losses.losses) == {"mlm"}
     torch.testing.assert_close(losses.total, 0.5 * losses.losses["mlm"])
 
 
 def test_mlm_masks_about_half_of_the_words_and_never_an_unknown_one(tokenizer):
-    objectives = Objectives(ALL, NegativesConfig(), 0, Ranks())
+    objectives = Objectives(ALL, NegativesConfig(), 0, DistributedContext())
     captions = tokenizer(["red ball dog cat cube couch" for _ in range(200)] + ["§ § § §"] * 20)
     masked = objectives._draw_mask(captions, torch.arange(220), tokenizer)
     assert 0.45 < masked[:1200].float().mean() < 0.55
@@ -195,7 +195,9 @@ def test_mlm_of_groups_of_words_hides_all_words_of_one_group_that_the_caption_ha
     groups = (("red", "blue"), ("ball", "cube"), ("couch", "dogs", "dog"))
     config = ObjectivesConfig(mlm_words=groups, mlm_probability=1.0)
     captions = tokenizer(CAPTIONS * 20)
-    masked = Objectives(config, NegativesConfig(), 0, Ranks())._draw_mask(captions, torch.arange(120), tokenizer)
+    masked = Objectives(config, NegativesConfig(), 0, DistributedContext())._draw_mask(
+        captions, torch.arange(120), tokenizer
+    )
     words = {number: word for word, number in tokenizer.vocab.items()}
     seen = set()
     for caption, start, stop in zip(CAPTIONS * 20, captions.offsets, captions.offsets[1:], strict=False):
@@ -208,14 +210,16 @@ def test_mlm_of_groups_of_words_hides_all_words_of_one_group_that_the_caption_ha
 
 
 def test_mlm_words_that_the_vocabulary_splits_are_named(tokenizer):
-    objectives = Objectives(ObjectivesConfig(mlm_words=(("ball", "beneath"),)), NegativesConfig(), 0, Ranks())
+    objectives = Objectives(
+        ObjectivesConfig(mlm_words=(("ball", "beneath"),)), NegativesConfig(), 0, DistributedContext()
+    )
     with pytest.raises(UserError, match=r"objectives\.mlm_words: beneath is no whole word"):
         objectives(build(tokenizer), make_inputs(tokenizer))
 
 
 def test_a_batch_without_the_chosen_words_has_no_mlm_loss(tokenizer):
     config = ObjectivesConfig(itm=0.0, text_recovery=0.0, mlm_words=(("couch",),), mlm_probability=1e-9)
-    losses = Objectives(config, NegativesConfig(), 0, Ranks())(build(tokenizer), make_inputs(tokenizer))
+    losses = Objectives(config, NegativesConfig(), 0, DistributedContext())(build(tokenizer), make_inputs(tokenizer))
     assert losses.total.item() == 0.0
     losses.total.backward()
 
@@ -232,7 +236,7 @@ ALTERED = ObjectivesConfig(
 @pytest.mark.parametrize("residual", [0.0, 2.0])
 def test_altered_captions_are_scored_with_the_images_of_the_originals(tokenizer, residual):
     model, inputs = build(tokenizer, residual=residual), make_inputs(tokenizer)
-    loss = Objectives(ALTERED, NegativesConfig(), 0, Ranks())(model, inputs).losses["altered_captions"]
+    loss = Objectives(ALTERED, NegativesConfig(), 0, DistributedContext())(model, inputs).losses["altered_captions"]
     alter = CaptionAlterer(ALTERED.altered_words, tokenizer, "key")
     streams = [random_stream(0, ALTERED_STREAM, row) for row in range(6)]
     altered, changed = alter(inputs.captions, streams)
@@ -245,11 +249,13 @@ def test_altered_captions_are_scored_with_the_images_of_the_originals(tokenizer,
 
 def test_a_batch_without_words_to_alter_has_no_such_loss(tokenizer):
     model, inputs = build(tokenizer), make_inputs(tokenizer)
-    objectives = Objectives(replace(ALTERED, altered_words=((("cat",), ("§",)),)), NegativesConfig(), 0, Ranks())
+    objectives = Objectives(
+        replace(ALTERED, altered_words=((("cat",), ("§",)),)), NegativesConfig(), 0, DistributedContext()
+    )
     with pytest.raises(UserError, match="§ is no whole word"):
         objectives(model, inputs)
     words = ((("left",), ("on",)),)
-    objectives = Objectives(replace(ALTERED, altered_words=words), NegativesConfig(), 0, Ranks())
+    objectives = Objectives(replace(ALTERED, altered_words=words), NegativesConfig(), 0, DistributedContext())
     only_cats = replace(inputs, captions=tokenizer(["a cat"] * 6))
     loss = objectives(model, only_cats).losses["altered_captions"]
     assert loss.item() == 0.0
@@ -259,7 +265,7 @@ def test_a_batch_without_words_to_alter_has_no_such_loss(tokenizer):
 @pytest.mark.parametrize("words", [(), (("a", "on"), ("left", "dogs"))])
 def test_the_mask_of_a_row_does_not_depend_on_the_rest_of_the_batch(tokenizer, words):
     config = replace(ALL, mlm_words=words)
-    objectives = Objectives(config, NegativesConfig(), 0, Ranks())
+    objectives = Objectives(config, NegativesConfig(), 0, DistributedContext())
     captions, rows = tokenizer(CAPTIONS), torch.arange(100, 106)
     whole = objectives._draw_mask(captions, rows, tokenizer)
     part = objectives._draw_mask(captions.select(torch.tensor([2, 4])), rows[[2, 4]], tokenizer)
@@ -283,7 +289,9 @@ def test_a_teacher_that_is_the_student_gives_the_entropy_of_its_own_logits(token
     for mode in ("pairs", "groups"):
         negatives = NegativesConfig(mode=mode, group_size=3)
         model.zero_grad()
-        losses = Objectives(config, negatives, 0, Ranks(), teacher=model)(model, make_inputs(tokenizer)).losses
+        losses = Objectives(config, negatives, 0, DistributedContext(), teacher=model)(
+            model, make_inputs(tokenizer)
+        ).losses
         losses["distillation"].backward()
         assert max(p.grad.abs().max() for p in model.parameters() if p.grad is not None) < 1e-5
 
@@ -299,5 +307,5 @@ def test_equal_captions_are_true_pairs_in_both_directions(tmp_path):
 def test_the_alignment_stage_leaves_itm_out(tokenizer):
     inputs = replace(make_inputs(tokenizer), aligning=True)
     config = replace(ALL, altered_captions=1.0, altered_words=ALTERED.altered_words)
-    losses = Objectives(config, NegativesConfig(), 0, Ranks())(build(tokenizer), inputs)
+    losses = Objectives(config, NegativesConfig(), 0, DistributedContext())(build(tokenizer), inputs)
     assert set(losses.losses) == {"mlm", "text_recovery", "itc", "altered_captions"}

@@ -15,8 +15,8 @@ from data.caption_datasets import CaptionDataset
 from evaluation.gallery import Gallery
 from evaluation.metrics import RECALL_DEPTHS, recall_at_k, right_answers
 from evaluation.retrieval import first_stage, rerank_pools
-from models.published import our_name
-from models.ranks import Ranks
+from models.checkpoints.published import our_name
+from models.distributed import DistributedContext
 from tests.parity.published_case import CASES, PARITY, PublishedCase, assert_close
 from training.config import NegativesConfig, ObjectivesConfig
 from training.hard_negatives import HardNegatives, mine_hard_negatives
@@ -35,7 +35,7 @@ class GivenMask(Objectives):
     """Objectives that mask the word pieces of a parity case instead of drawn ones."""
 
     def __init__(self, case: PublishedCase):
-        super().__init__(ObjectivesConfig(), NegativesConfig(), seed=0, ranks=Ranks())
+        super().__init__(ObjectivesConfig(), NegativesConfig(), seed=0, distributed=DistributedContext())
         self.mask = case.masked_pieces()
 
     def _draw_mask(self, captions, rows, unk_id) -> Tensor:
@@ -139,7 +139,9 @@ def test_each_direction_of_itm_is_the_same(case):
 def test_a_training_step_computes_the_strict_losses(case):
     config = ObjectivesConfig(mlm=0.0)
     negatives = NegativesConfig(per_positive=num_negatives(case), random_start=0.0, random_end=0.0)
-    losses = Objectives(config, negatives, seed=0, ranks=Ranks())(case.model, step_inputs(case)).losses
+    losses = Objectives(config, negatives, seed=0, distributed=DistributedContext())(
+        case.model, step_inputs(case)
+    ).losses
     assert_close(losses["itm"], case.expected["strict_itm_loss"])
     assert_close(losses["text_recovery"], case.expected["recovery_loss"])
 
@@ -207,7 +209,7 @@ def test_retrieval_finds_the_same_pools_logits_and_recalls(retrieval, direction,
     (queries, items), (query_image, item_image) = sides if direction == "t2i" else (side[::-1] for side in sides)
     pools = first_stage(queries, items, query_image, item_image, depth=facts["k"])
     assert torch.equal(pools.ids, tensors[f"{direction}_top_k"])
-    logits = rerank_pools(model, gallery, pools, direction, facts["k"], Ranks(), pairs_per_batch=7)
+    logits = rerank_pools(model, gallery, pools, direction, facts["k"], DistributedContext(), pairs_per_batch=7)
     assert_close(logits, tensors[f"{direction}_logits"])
     reranked = pools.ids.gather(1, logits.argsort(dim=1, descending=True, stable=True))
     for ranking, column in ((pools.ids, "embedding"), (reranked, "reranked")):

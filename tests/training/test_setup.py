@@ -5,8 +5,8 @@ import json
 import pytest
 
 from data.webdataset_shards import ShardDataset
+from models.distributed import DistributedContext
 from models.errors import UserError
-from models.ranks import Ranks
 from tests.shards import write_shards
 from training.config import DataConfig, RunConfig
 from training.setup import load_training_split, load_validation_split
@@ -27,7 +27,9 @@ def config(root, **data) -> RunConfig:
 
 def test_lists_are_trained_on_as_one_with_and_without_a_cache(lists):
     for cache in ("", str(lists / "cache"), str(lists / "cache")):
-        dataset = load_training_split(config(lists, annotations=("a.json", "b.json"), cache=cache), Ranks())
+        dataset = load_training_split(
+            config(lists, annotations=("a.json", "b.json"), cache=cache), DistributedContext()
+        )
         assert dataset.image_ids == ["1.jpg", "2.jpg", "3.jpg"] and dataset.captions == ["x", "y", "z", "w"]
         assert bool(dataset.folder) == bool(cache)
 
@@ -43,14 +45,14 @@ def test_validation_reads_its_own_file_or_another_split_but_never_a_training_lis
 
 def test_a_run_without_data_is_refused(tmp_path):
     with pytest.raises(UserError, match="data.root and data.annotations are needed"):
-        load_training_split(config(tmp_path), Ranks())
+        load_training_split(config(tmp_path), DistributedContext())
 
 
 def test_shards_stand_for_annotations_and_validation_reads_its_own_file(lists):
     write_shards(lists / "cc", [3, 2])
     own = config(lists, shards="cc/{00000..00001}.tar", val_annotations="val.json")
     own = RunConfig(data=own.data, output=str(lists / "run"))
-    dataset = load_training_split(own, Ranks())
+    dataset = load_training_split(own, DistributedContext())
     assert isinstance(dataset, ShardDataset) and len(dataset) == 5 and dataset.folder.parent == lists / "run" / "cache"
     assert load_validation_split(own).captions == ["v"]
     with pytest.raises(UserError, match="data.shards is what is trained on; name another file"):

@@ -1,0 +1,90 @@
+"""Checkpoints on the Hugging Face Hub: fetched by name, uploaded in one commit.
+
+    locate_checkpoint("runs/demo")                          # a directory or run that exists: itself, no network
+    locate_checkpoint("owner/name", revision="v1")          # else a repository: its checkpoint in the local cache
+    upload_checkpoint(Path("checkpoints/edje"), "owner/name")
+
+huggingface_hub does the transfer, with its settings (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN): what was fetched
+once loads without network.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import UserError, one_line
+from .checkpoint import CARD_FILE, CHECKPOINT_FILES, read_config, resolve_checkpoint
+
+_REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def locate_checkpoint(name: str | Path, revision: str | None = None) -> Path:
+    """The checkpoint directory that `name` means: a directory or run that exists, else OWNER/NAME on the Hub.
+
+    revision: branch, tag or commit of the repository; for a directory there is none. Only a checkpoint's own files are
+    fetched, none of which runs code. Raises UserError, naming both readings, where neither leads to a checkpoint."""
+    if Path(name).exists() or not _REPOSITORY.fullmatch(str(name)):
+        if revision is not None and Path(name).exists():
+            raise UserError(f"{name}: a directory, which has no revision {revision!r}; leave revision out")
+        return resolve_checkpoint(name)
+    from huggingface_hub import HfApi
+
+    wanted = [*CHECKPOINT_FILES, CARD_FILE]
+    try:
+        directory = Path(HfApi().snapshot_download(str(name), revision=revision, allow_patterns=wanted))
+    except Exception as error:  # of huggingface_hub and of the HTTP library of its version
+        raise UserError(
+            f"{name}: no such directory, and no repository of that name{_at(revision)} could be fetched from the model "
+            f"hub ({one_line(error)}); check the name, or run once where the hub can be reached"
+        ) from None
+    missing = [file for file in CHECKPOINT_FILES if not (directory / file).is_file()]
+    if missing:
+        raise UserError(
+            f"{name}: the repository{_at(revision)} on the model hub has no {missing[0]}; a checkpoint has "
+            f"{', '.join(CHECKPOINT_FILES)}"
+        )
+    return directory
+
+
+def upload_checkpoint(
+    directory: str | Path, repo_id: str, private: bool | None = None, revision: str | None = None
+) -> str:
+    """Upload a checkpoint directory's own files (no optimizer state, nothing else in it) and return the commit's URL.
+
+    The repository is made if need be, and the branch `revision`; the files arrive in one commit or not at all. Raises
+    UserError for a directory that is no whole checkpoint, one that names its backbone by a path of this machine, and
+    whatever the hub refuses."""
+    directory = Path(directory)
+    files = [file for file in (*CHECKPOINT_FILES, CARD_FILE) if (directory / file).is_file()]
+    missing = [file for file in CHECKPOINT_FILES if file not in files]
+    if missing:
+        raise UserError(f"{directory / missing[0]}: no such file; a checkpoint has {', '.join(CHECKPOINT_FILES)}")
+    backbone = read_config(directory).backbone
+    for key, option in (("pretrained", "--backbone-pretrained"), ("token_pretrained", "--token-pretrained")):
+        if Path(getattr(backbone, key)).is_absolute():
+            raise UserError(
+                f"{directory}: backbone.{key} is {getattr(backbone, key)}, which nobody else has; export it under a "
+                f"name that others can load (scripts/export_checkpoint.py {option} NAME)"
+            )
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    operations = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=directory / file) for file in files]
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            repo_id, operations=operations, commit_message="Upload EDJE checkpoint", revision=revision
+        )
+    except Exception as error:  # of huggingface_hub and of the HTTP library of its version
+        raise UserError(
+            f"{repo_id}: the model hub did not take the checkpoint ({one_line(error)}); nothing was committed. Check "
+            "the name, and that you are logged in with the right to write"
+        ) from None
+    return str(commit.commit_url)
+
+
+def _at(revision: str | None) -> str:
+    return f" at revision {revision!r}" if revision is not None else ""

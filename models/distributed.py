@@ -1,0 +1,75 @@
+"""The processes of a run: one, or several under torchrun (gloo on CPU, NCCL on GPU)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class DistributedContext:
+    """This process among those of the run. `DistributedContext()` is a run of one process."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The body on the main rank, then on the others, who find what it wrote or fetched for all of them."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One picklable value from every rank, in order of rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is cuda where there is one, else cpu."""
+    if name != "auto":
+        return torch.device(name)
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+
+
+@contextmanager
+def process_group(device: str = "auto") -> Iterator[DistributedContext]:
+    """Join the process group that torchrun announces in the environment; without torchrun, a run of one process.
+
+    Threads are shared out among the processes of a machine; torchrun's own default is one thread each."""
+    chosen = pick_device(device)
+    if "RANK" not in os.environ:
+        yield DistributedContext(device=chosen)
+        return
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield DistributedContext(rank=dist.get_rank(), size=dist.get_world_size(), device=chosen)
+    finally:
+        dist.destroy_process_group()
