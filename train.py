@@ -13,6 +13,7 @@ import argparse
 from data.neighbours import CaptionKeys
 from models.distributed import process_group
 from models.errors import run_entry_point
+from models.precision import resolve_precision
 from training.config import RunConfig, load_config
 from training.loop import Run, build_optimizer, train
 from training.objectives import Objectives, check_words
@@ -39,16 +40,16 @@ def main() -> None:
     with process_group(config.device) as distributed:
         dataset = load_training_split(config, distributed)
         validation = load_validation_split(config)
-        features = open_features(config, distributed)  # patch-token stores, or the frozen backbone: one copy
+        dtype = distributed.agree(resolve_precision(config.training.precision, distributed.device))
+        features = open_features(config, distributed, dtype)  # patch-token stores, or the frozen backbone: one copy
         model = build_model(config, features, dataset, distributed).to(distributed.device)
         check_words(config.objectives, model.tokenizer)
         teacher = load_teacher(config, features, model, distributed)  # None unless a distillation asks for it
         keys = CaptionKeys(dataset)
-        batches = build_batches(
-            config, features, dataset, keys, distributed
-        )  # knows what each step reads: resumes anywhere
+        # Knows what each step reads, so that a run resumes anywhere.
+        batches = build_batches(config, features, dataset, keys, distributed)
         objectives = Objectives(config.objectives, config.negatives, config.seed, distributed, teacher)
-        run = Run(config, model, build_optimizer(model, config.training), distributed)
+        run = Run(config, model, build_optimizer(model, config.training), distributed, dtype)
         train(run, batches, features, keys, objectives, validation)
 
 

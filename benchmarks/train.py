@@ -20,6 +20,7 @@ from data.neighbours import CaptionKeys
 from data.scenes.dataset import write_scenes
 from models.config import BackboneConfig
 from models.distributed import DistributedContext
+from models.precision import resolve_precision
 from models.stores.indexing import precompute, precompute_captions
 from models.vision.backbones import Backbone
 from training.config import RunConfig, load_config
@@ -88,10 +89,11 @@ def _stepper(config: RunConfig, distributed: DistributedContext):
     """A call that trains one step; every contestant has a run of its own."""
     dataset = load_training_split(config, distributed)
     torch.manual_seed(0)  # a backbone of random weights is the same each time
-    features = open_features(config, distributed)
+    dtype = resolve_precision(config.training.precision, distributed.device)
+    features = open_features(config, distributed, dtype)
     model = build_model(config, features, dataset, distributed).to(distributed.device)
     keys = CaptionKeys(dataset)
-    run = Run(config, model, build_optimizer(model, config.training), distributed)
+    run = Run(config, model, build_optimizer(model, config.training), distributed, dtype)
     batches = build_batches(config, features, dataset, keys, distributed)
     reader = StepReader(config, model.tokenizer, batches, features, keys, distributed)
     objectives = Objectives(config.objectives, config.negatives, config.seed, distributed)

@@ -40,7 +40,7 @@ from models.checkpoints.hub import locate_checkpoint
 from models.distributed import DistributedContext, process_group
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
-from models.precision import dtype_name, fastest_dtype
+from models.precision import dtype_name, resolve_precision
 from models.stores.token_store import TokenStore
 
 if TYPE_CHECKING:
@@ -185,10 +185,7 @@ class Evaluator:
         model = EDJE.from_pretrained(checkpoint, distributed.device)
         store = TokenStore.open(source.store) if source.store else None
         caption_store = TokenStore.open(source.caption_store) if source.caption_store else None
-        precision = arguments.precision
-        if precision == "auto":
-            # Each rank times its own arithmetic; all take rank 0's answer.
-            precision = distributed.gather_objects(dtype_name(fastest_dtype(distributed.device)))[0]
+        dtype = distributed.agree(resolve_precision(arguments.precision, distributed.device))
         backbone = None
         if store is None or caption_store is None:
             from models.vision.backbones import Backbone  # open_clip takes seconds to import
@@ -196,8 +193,8 @@ class Evaluator:
             config = model.config.backbone
             if arguments.backbone:
                 config = replace(config, pretrained=arguments.backbone)
-            backbone = Backbone.load(config, distributed.device, precision)
-        return cls(model, backbone, store, caption_store, getattr(torch, precision), arguments.k, distributed)
+            backbone = Backbone.load(config, distributed.device, dtype_name(dtype))
+        return cls(model, backbone, store, caption_store, dtype, arguments.k, distributed)
 
     def evaluate(self, dataset: CaptionDataset, folds: int = 1, depth: int = 0) -> Results:
         return evaluate(

@@ -75,7 +75,7 @@ def evaluate(
     `fused` is in the results if the model's config has a fusion_lambda. Raises UserError if k exceeds the gallery, the
     folds are not equal, or backbone, store or an image file is not usable."""
     check_pool(k, dataset, folds)
-    dtype = dtype or distributed.gather_objects(fastest_dtype(distributed.device))[0]
+    dtype = dtype or distributed.agree(fastest_dtype(distributed.device))
     watch = Stopwatch(distributed.device, {"backbone": 0.0, "compress": 0.0, "rerank": 0.0})
     was_training = model.training
     scorer = model.eval().optimized(dtype)

@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,15 @@ class DistributedContext:
         if self.is_main:
             self.barrier()
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def agree(self, value: T) -> T:
+        """The main rank's value, on every rank: for choices that machines of different kinds would make differently."""
+        return self.gather_objects(value)[0]
+
+    def gather_objects(self, value: T) -> list[T]:
         """One picklable value from every rank, in order of rank, on every rank."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        values: list[T] = [value] * self.size
         dist.all_gather_object(values, value)
         return values
 

@@ -26,6 +26,7 @@ from .distributed import pick_device
 from .edje import EDJE
 from .encoder.joint_encoder import pairs_at_once
 from .errors import UserError
+from .precision import resolve_precision
 from .stores.indexing import ImageSource, check_backbone, find_images, precompute, read_images
 from .stores.token_store import TokenStore
 from .vision.backbones import Backbone
@@ -68,13 +69,12 @@ class Reranker:
         backbone: a loaded one to share, or a config where its weights lie elsewhere than the checkpoint says.
         revision: branch, tag or commit on the Hub.
         Raises UserError for a missing or damaged file, or another backbone than the checkpoint's."""
-        if dtype not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"dtype is {dtype!r}; expected auto, float32 or bfloat16")
         where = pick_device(device)
+        precision = resolve_precision(dtype, where)
         model = EDJE.from_pretrained(checkpoint_dir, device=where, revision=revision)
         if not isinstance(backbone, Backbone):
             backbone = Backbone.load(backbone or model.config.backbone, device=where, precision=dtype)
-        return cls(model, backbone, None if dtype == "auto" else getattr(torch, dtype))
+        return cls(model, backbone, precision)
 
     def index(
         self,

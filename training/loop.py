@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
 from models.files import atomic_directory
-from models.precision import fastest_dtype
 
 from .config import RunConfig, TrainingConfig, save_config
 from .distributed import average_gradients, broadcast_parameters, global_sum
@@ -67,6 +66,8 @@ class Run:
     model: EDJE
     optimizer: torch.optim.AdamW
     distributed: DistributedContext
+    dtype: torch.dtype
+    """Of matrix products, the same on every rank; in training by autocast."""
     step: int = 0
     """Optimizer steps done."""
     unreadable: dict[str, None] = field(default_factory=dict)
@@ -211,10 +212,10 @@ def _backward(run: Run, inputs: StepInputs, objectives: Objectives) -> StepLosse
     return losses
 
 
-def _autocast(run: Run):
-    precision, device = run.config.training.precision, run.distributed.device
-    dtype = fastest_dtype(device) if precision == "auto" else getattr(torch, precision)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+def _autocast(run: Run) -> AbstractContextManager[object]:
+    if run.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(run.distributed.device.type, dtype=run.dtype)
 
 
 def _validate(run: Run, features: Features, validation: CaptionDataset, run_log: RunLog) -> None:
@@ -227,6 +228,7 @@ def _validate(run: Run, features: Features, validation: CaptionDataset, run_log:
         k=min(run.config.evaluation.k, len(validation)),
         store=features.store,
         caption_store=features.caption_store,
+        dtype=run.dtype,
     )
     chosen = choose_lambda(results)
     run.model.config = replace(run.model.config, fusion_lambda=chosen, fusion_split=run.config.data.val_split)

@@ -25,6 +25,7 @@ from models.edje import EDJE
 from models.errors import UserError
 from models.language.captions import CaptionTokenizer, build_vocabulary
 from models.language.pretrained import read_bert_config
+from models.precision import dtype_name
 from models.state_dicts import load_state
 from models.stores.token_store import TokenStore
 
@@ -49,9 +50,11 @@ class Features:
     """Stores of another model's image and caption embeddings, by which negatives are mined; None: by the backbone's."""
 
 
-def open_features(config: RunConfig, distributed: DistributedContext) -> Features:
-    """Open the run's stores, or load its backbone where there are none (with stores no backbone is loaded at all)."""
-    features = _open_own_features(config, distributed)
+def open_features(config: RunConfig, distributed: DistributedContext, dtype: torch.dtype) -> Features:
+    """Open the run's stores, or load its backbone where there are none (with stores no backbone is loaded at all).
+
+    dtype: of the backbone's matrix products."""
+    features = _open_own_features(config, distributed, dtype)
     if not config.negatives.store:
         return features
     retriever = TokenStore.open(config.negatives.store), TokenStore.open(config.negatives.caption_store)
@@ -59,11 +62,11 @@ def open_features(config: RunConfig, distributed: DistributedContext) -> Feature
     return replace(features, retriever=retriever)
 
 
-def _open_own_features(config: RunConfig, distributed: DistributedContext) -> Features:
+def _open_own_features(config: RunConfig, distributed: DistributedContext, dtype: torch.dtype) -> Features:
     if not config.data.store:
         from models.vision.backbones import Backbone  # open_clip takes seconds to import
 
-        backbone = Backbone.load(config.backbone, distributed.device, config.training.precision)
+        backbone = Backbone.load(config.backbone, distributed.device, dtype_name(dtype))
         return Features(backbone.dims, backbone.fingerprint, backbone=backbone)
     store, captions = TokenStore.open(config.data.store), TokenStore.open(config.data.caption_store)
     if store.manifest.adapter:

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from ..config import BackboneConfig, BackboneDims
 from ..errors import UserError, one_line
+from ..precision import resolve_precision
 from .towers import LOAD_ERRORS, TokenTower, maps_to_tokens, short_hash, stage_maps, weights_hash
 
 CONFIG_FILE = "open_clip_config.json"
@@ -103,17 +104,10 @@ class Backbone(nn.Module):
     def load(cls, config: BackboneConfig, device: str | torch.device = "cpu", precision: str = "auto") -> Backbone:
         """Build the model that `config` names, once, on `device`.
 
-        precision: `float32`, `bfloat16`, or `auto` (bfloat16 where it is measured to be faster). Raises UserError for
+        precision: `float32`, `bfloat16`, or `auto` (the fastest that the device has). Raises UserError for
         an unknown name, weights that are missing, damaged or made for another activation, stages the tower lacks.
         """
-        if precision not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"precision is {precision!r}; expected auto, float32 or bfloat16")
-        if precision == "auto":
-            from ..precision import fastest_dtype
-
-            dtype = fastest_dtype(torch.device(device))
-        else:
-            dtype = getattr(torch, precision)
+        dtype = resolve_precision(precision, device)
         token_tower = TokenTower.load(config).to(device) if config.token_pretrained else None
         clip, weights = _load_clip(config)
         backbone = cls(config, clip.to(device), dtype, weights, token_tower)

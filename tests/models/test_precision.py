@@ -1,41 +1,34 @@
 import pytest
 import torch
 
-from models import precision
-from models.precision import fastest_dtype
+from models.errors import UserError
+from models.precision import dtype_name, fastest_dtype, resolve_precision
 
 
-@pytest.fixture(autouse=True)
-def fresh_probe():
-    precision._probe_cpu.cache_clear()
-    yield
-    precision._probe_cpu.cache_clear()
-
-
-@pytest.mark.parametrize(
-    "bfloat16_seconds, expected", [(0.5, torch.bfloat16), (0.9, torch.float32), (4.0, torch.float32)]
-)
-def test_bfloat16_is_chosen_only_where_it_is_clearly_faster(bfloat16_seconds, expected, monkeypatch):
-    seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}
-    monkeypatch.setattr(precision, "_seconds", lambda x, up, down: seconds[x.dtype])
+@pytest.mark.parametrize("supported, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_cpu_computes_in_bfloat16_where_it_has_the_instructions(supported, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     assert fastest_dtype("cpu") == expected
+    assert resolve_precision("auto", torch.device("cpu")) == expected
 
 
-@pytest.mark.parametrize("bfloat16_seconds, tried", [(1.5, {128, 1024}), (4.0, {128})])
-def test_where_few_rows_are_slow_already_many_are_not_tried(bfloat16_seconds, tried, monkeypatch):
-    rows = []
-    seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}
-    monkeypatch.setattr(precision, "_seconds", lambda x, up, down: rows.append(len(x)) or seconds[x.dtype])
-    assert fastest_dtype("cpu") == torch.float32
-    assert {*rows} == tried
+@pytest.mark.parametrize("supported, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_computes_in_bfloat16_where_the_card_has_it(supported, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert fastest_dtype("cuda:1") == expected
 
 
-def test_the_probe_runs_once():
-    assert fastest_dtype("cpu") == fastest_dtype(torch.device("cpu"))
-    assert precision._probe_cpu.cache_info().misses == 1
+def test_a_device_of_another_kind_computes_in_float32():
+    assert fastest_dtype("mps") == torch.float32
 
 
-def test_the_probe_leaves_the_random_state_alone():
-    state = torch.get_rng_state()
-    fastest_dtype("cpu")
-    assert torch.equal(torch.get_rng_state(), state)
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_a_named_precision_is_taken_whatever_the_device_has(name, monkeypatch):
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=supported: has)
+        assert dtype_name(resolve_precision(name, "cpu")) == name
+
+
+def test_an_unknown_precision_is_named():
+    with pytest.raises(UserError, match="precision is 'float16'; expected one of auto, float32, bfloat16"):
+        resolve_precision("float16", "cpu")
