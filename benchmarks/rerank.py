@@ -146,7 +146,7 @@ def our_logits(encoder: EncoderPass, head: MatchHead, pairs: Pairs) -> Tensor:
     logits = []
     for part in index.split(pairs_at_once(pairs.tokens.device, pairs.tokens.shape[1])):
         packed = encoder.pack_pairs(pairs.captions, pairs.tokens, part, part)
-        logits.append(head(encoder.encode(packed, packed.cls_rows)))
+        logits.append(head(encoder.encode_cls(packed)))
     return torch.cat(logits)
 
 

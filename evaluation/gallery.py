@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from data.caption_datasets import CaptionDataset
-from models.checkpoints.checkpoint import adapter_fingerprint
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
@@ -113,9 +112,7 @@ def _check_backbone(
         )
     if store is not None:
         compressed = bool(store.manifest.adapter)
-        store.check(
-            backbone=expected, adapter=adapter_fingerprint(model.config, model.state_dict()) if compressed else None
-        )
+        store.check(backbone=expected, adapter=model.adapter_fingerprint if compressed else None)
     if caption_store is not None:
         caption_store.check(backbone=expected, adapter=None)
 

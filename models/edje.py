@@ -1,4 +1,4 @@
-"""EDJE: adapter, joint encoder and heads; what turns captions and vision tokens into match logits.
+"""EDJE: adapter, joint encoder and heads, as they are trained, saved and loaded.
 
 Letters: B, N images, C captions, Q pairs, P patch tokens, Dv patch width, De embedding width, m vision tokens,
 H joint encoder width. Source: EDJE (arXiv 2510.06820), section 3.
@@ -10,7 +10,6 @@ H joint encoder width. Source: EDJE (arXiv 2510.06820), section 3.
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 from pathlib import Path
@@ -23,34 +22,13 @@ from .checkpoints.hub import locate_checkpoint, upload_checkpoint
 from .checkpoints.model_card import model_card, renamed
 from .config import EDJEConfig
 from .encoder.joint_encoder import JointEncoder
-from .errors import UserError
 from .language.captions import CaptionIds, CaptionTokenizer
+from .matching import MatchHead, MatchPass, OptimizedEDJE
 from .state_dicts import load_state
 from .vision.adapters import build_adapter
 
-SPECIAL_PIECES = 3
-"""[CLS], [SEP] after the caption, [SEP] after the vision tokens."""
 
-
-class MatchHead(nn.Module):
-    """BERT pooler (dense, tanh) on [CLS], then one logit: [Q, H] -> [Q] float32. No dropout, no sigmoid."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.dense = nn.Linear(hidden_size, hidden_size)
-        self.out = nn.Linear(hidden_size, 1)
-
-    def pool(self, cls_QH: Tensor) -> Tensor:
-        # float32: in bfloat16 two near candidates tie and their order becomes arbitrary.
-        with torch.autocast(cls_QH.device.type, enabled=False):
-            return torch.tanh(self.dense(cls_QH.float()))
-
-    def forward(self, cls_QH: Tensor) -> Tensor:
-        with torch.autocast(cls_QH.device.type, enabled=False):
-            return self.out(self.pool(cls_QH)).squeeze(-1)
-
-
-class EDJE(nn.Module):
+class EDJE(MatchPass, nn.Module):
     """The trained part of the model; the frozen backbone stays outside and is never saved with it."""
 
     def __init__(self, config: EDJEConfig, tokenizer: CaptionTokenizer):
@@ -74,88 +52,33 @@ class EDJE(nn.Module):
             nn.init.zeros_(self.match_head.out.weight)
             nn.init.zeros_(self.match_head.out.bias)
 
-    @property
-    def device(self) -> torch.device:
-        return self.text_projection.weight.device
-
-    @property
-    def max_joint_pieces(self) -> int:
-        """Word pieces of a caption in a joint input; longer captions are cut. Published: 61."""
-        return self.config.max_caption_tokens - SPECIAL_PIECES
-
-    def compress(self, patch_tokens: Tensor) -> Tensor:
-        """[B, P, Dv] patch tokens of the backbone -> [B, m, H] vision tokens, in the adapter's dtype.
-
-        SigLIP 2 L/16-384: [B, 576, 1024] -> [B, 64, 384]. Raises UserError if P or Dv is another backbone's."""
-        dims = self.config.dims
-        if patch_tokens.shape[1:] != (dims.num_patches, dims.patch_width):
-            raise UserError(
-                f"patch tokens have shape {list(patch_tokens.shape)}; this model's backbone "
-                f"({self.config.backbone_fingerprint}) gives [B, {dims.num_patches}, {dims.patch_width}]"
-            )
-        return self.adapter(patch_tokens.to(self.text_projection.weight))
-
-    def match_logits(
-        self,
-        captions: CaptionIds,
-        tokens: Tensor,
-        caption_index: Tensor,
-        image_index: Tensor,
-        similarities: Tensor | None = None,
-    ) -> Tensor:
-        """Match logits of any Q pairs among C captions and N images, as one batch.
-
-        captions: C ragged captions; tokens: [N, m, H]; caption_index, image_index: [Q] int64; similarities: [Q]
-        first-stage cosines, needed exactly where the model was built with residual_similarity. Returns [Q] float32.
-        A pair's logit does not depend on the other pairs of the batch."""
-        captions = captions.truncate(self.max_joint_pieces)
-        packed = self.encoder.pack_pairs(captions, tokens, caption_index, image_index)
-        logits = self.match_head(self.encoder.encode(packed, packed.cls_rows))
-        if not self.config.residual_similarity:
-            return logits
-        if similarities is None:
-            raise UserError("this model adds the first-stage similarity to its logit; pass `similarities` [Q]")
-        return logits + self.similarity_log_weight.float().exp() * similarities.float()
-
-    @property
-    def similarity_weight(self) -> float:
-        """What the first-stage cosine weighs in a match logit; 0 where it contains none."""
-        return self.similarity_log_weight.exp().item() if self.config.residual_similarity else 0.0
-
-    @torch.inference_mode()
-    def score(self, captions: list[str], tokens: Tensor, similarities: Tensor | None = None) -> Tensor:
-        """Match logits (not probabilities) of B raw captions with B images: tokens [B, m, H] -> [B] float32."""
-        if len(captions) != len(tokens):
-            raise UserError(f"{len(captions)} captions and {len(tokens)} images; score() takes one caption an image")
-        index = torch.arange(len(captions), device=self.device)
-        ids = self.tokenizer(captions).to(self.device)
-        tokens = tokens.to(self.text_projection.weight)
-        return self.match_logits(ids, tokens, index, index, similarities)
-
     def text_cls(self, captions: CaptionIds) -> Tensor:
         """[CLS] of a text-only pass, [C, H]: source of text-embedding recovery and of image-text contrast."""
         packed = self.encoder.pack_captions(captions.truncate(self.config.max_caption_tokens - 2))
-        return self.encoder.encode(packed, packed.cls_rows)
+        return self.encoder.encode_cls(packed)
 
     def image_cls(self, tokens: Tensor) -> Tensor:
         """[CLS] of a vision-only pass over [N, m, H], [N, H]: the image side of image-text contrast."""
         packed = self.encoder.pack_images(tokens)
-        return self.encoder.encode(packed, packed.cls_rows)
+        return self.encoder.encode_cls(packed)
 
     def recover_text_embedding(self, text_cls: Tensor) -> Tensor:
         """[C, H] -> [C, De], unnormalised: the prediction of text-embedding recovery."""
         return self.text_projection(text_cls)
 
-    def optimized(self, dtype: torch.dtype | None = None) -> EDJE:
-        """A frozen copy for inference: the joint encoder's weights joined and cast to `dtype`, the heads float32.
+    def optimized(self, dtype: torch.dtype | None = None) -> OptimizedEDJE:
+        """A frozen copy for inference, the joint encoder in `dtype` (by default the fastest that this device has).
 
-        dtype: by default the fastest that this device has (models/precision.py). Float32 agrees with this model to
-        1e-5; bfloat16 within the bound that tests/models/test_joint_encoder.py states. A snapshot: later training of
-        this model does not reach it, and it cannot be trained or saved."""
-        frozen = copy.copy(self)
-        frozen._modules = {name: module for name, module in self._modules.items() if name != "encoder"}
-        frozen.encoder = self.encoder.optimized(dtype)
-        return frozen.eval()
+        Float32 agrees with this model to 1e-5; bfloat16 within encoder.joint_encoder.BFLOAT16_BOUND."""
+        return OptimizedEDJE(
+            self.config,
+            self.tokenizer,
+            self.adapter,
+            self.encoder,
+            self.match_head,
+            self.similarity_log_weight,
+            dtype,
+        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.yaml, model.safetensors, the tokenizer and a model card (README.md: `self.card`, or a new one).

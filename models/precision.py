@@ -24,10 +24,12 @@ def fastest_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def resolve_precision(name: str, device: torch.device | str) -> torch.dtype:
-    """The dtype that `auto` (the device's fastest), `float32` or `bfloat16` means. Raises UserError for other names."""
+def resolve_precision(name: str, device: torch.device | str, key: str = "precision") -> torch.dtype:
+    """The dtype that `auto` (the device's fastest), `float32` or `bfloat16` means.
+
+    key: what the caller names it. Raises UserError for other names."""
     if name not in PRECISIONS:
-        raise UserError(f"precision is {name!r}; expected one of {', '.join(PRECISIONS)}")
+        raise UserError(f"{key} is {name!r}; expected one of {', '.join(PRECISIONS)}")
     dtypes = {"auto": fastest_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
     return dtypes[name]
 

@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoints.checkpoint import adapter_fingerprint
 from .config import BackboneConfig
 from .distributed import pick_device
 from .edje import EDJE
@@ -52,7 +51,7 @@ class Reranker:
         check_backbone(model, backbone)
         self.model, self.backbone = model.optimized(dtype), backbone
         self.store: TokenStore | None = None
-        self._adapter = adapter_fingerprint(model.config, model.state_dict())
+        self._adapter = self.model.adapter_fingerprint
 
     @classmethod
     def from_pretrained(
@@ -70,7 +69,7 @@ class Reranker:
         revision: branch, tag or commit on the Hub.
         Raises UserError for a missing or damaged file, or another backbone than the checkpoint's."""
         where = pick_device(device)
-        precision = resolve_precision(dtype, where)
+        precision = resolve_precision(dtype, where, key="dtype")
         model = EDJE.from_pretrained(checkpoint_dir, device=where, revision=revision)
         if not isinstance(backbone, Backbone):
             backbone = Backbone.load(backbone or model.config.backbone, device=where, precision=dtype)
@@ -154,7 +153,7 @@ class Reranker:
     ) -> Tensor:
         """[Q] float32. Pairs of like length share a micro-batch: the encoder runs equal lengths together."""
         device = self.model.device
-        ids = self.model.tokenizer(captions)
+        ids = self.model.tokenizer(captions, self.model.max_joint_pieces)
         order = ids.lengths[caption_index].argsort(stable=True).to(device)
         ids, caption_index, image_index = ids.to(device), caption_index.to(device), image_index.to(device)
         logits = torch.empty(len(order), device=device)

@@ -107,7 +107,6 @@ class RecordedPasses:
             if self._buffers is None or len(self._buffers.cls_rows) <= size.sequences:
                 self._make_buffers(packed.embeddings, size)
             self._buffers.fill(packed, size)
-            self._buffers.fill(packed, size)
             if size not in self._recorded:
                 self._recorded[size] = self._record(size)
                 if len(self._recorded) > MOST_RECORDED:

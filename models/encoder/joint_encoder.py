@@ -6,7 +6,7 @@ autocast), inference on weights prepared once (`optimized`). Letters: T packed r
 Q sequences, V vocabulary. Source: BERT (arXiv 1810.04805), EDJE (arXiv 2510.06820).
 
     packed = encoder.pack_pairs(captions, tokens, caption_index, image_index)
-    cls = encoder.encode(packed, packed.cls_rows)                  # [Q, H]
+    cls = encoder.encode_cls(packed)                               # [Q, H]
     fast = encoder.optimized(torch.bfloat16)                       # the same two calls, weights frozen
 """
 
@@ -99,13 +99,19 @@ class EncoderPass(ABC):
     def encode(self, packed: PackedInput, rows: Tensor | None = None) -> Tensor:
         """Last hidden state of all rows [T, H], or of `rows` [R] int64 in any order -> [R, H].
 
-        After its attention the last layer runs on the wanted rows alone; where `rows` is `packed.cls_rows` itself,
-        its queries too. Raises UserError if a sequence is longer than the position table."""
+        After its attention the last layer runs on the wanted rows alone. Raises UserError if a sequence is longer than
+        the position table."""
         weights = self.weights()
         self._check_fits_positions(packed, weights.positions)
-        device = packed.embeddings.device
-        attention = sequence_attention(packed.groups, self.config.num_heads, self._attention_dropout, device)
-        return self._encode(packed, rows, attention, weights)
+        return self._encode(packed, rows, self._attention(packed), weights)
+
+    def encode_cls(self, packed: PackedInput) -> Tensor:
+        """Last hidden state of each sequence's [CLS], [Q, H] in the caller's order: in the last layer they alone ask.
+
+        Raises UserError if a sequence is longer than the position table."""
+        weights = self.weights()
+        self._check_fits_positions(packed, weights.positions)
+        return self._encode_cls(packed, self._attention(packed), weights)
 
     @staticmethod
     def _check_fits_positions(packed: PackedInput, positions: Tensor) -> None:
@@ -116,22 +122,36 @@ class EncoderPass(ABC):
                 "cut the caption or raise encoder.max_positions"
             )
 
+    def _attention(self, packed: PackedInput) -> Callable[..., Tensor]:
+        device = packed.embeddings.device
+        return sequence_attention(packed.groups, self.config.num_heads, self._attention_dropout, device)
+
     def _encode(
         self, packed: PackedInput, rows: Tensor | None, attention: Callable[..., Tensor], weights: EncoderWeights
     ) -> Tensor:
-        x = self._embed(packed, weights)
-        for layer in weights.layers[:-1]:
-            x = self._finish_layer(x, attention(layer.query(x), layer.key_value(x)), layer)
+        x = self._up_to_last_layer(packed, attention, weights)
         last = weights.layers[-1]
-        if rows is packed.cls_rows:
-            rows, order = rows.sort()  # as the groups lie
-            cls = x[rows]
-            context = attention(last.query(cls), last.key_value(x), one_query=True)
-            return self._finish_layer(cls, context, last)[order.argsort()]
         context = attention(last.query(x), last.key_value(x))
         if rows is not None:
             x, context = x[rows], context[rows]
         return self._finish_layer(x, context, last)
+
+    def _encode_cls(self, packed: PackedInput, attention: Callable[..., Tensor], weights: EncoderWeights) -> Tensor:
+        x = self._up_to_last_layer(packed, attention, weights)
+        last = weights.layers[-1]
+        rows, order = packed.cls_rows.sort()  # as the groups lie
+        cls = x[rows]
+        context = attention(last.query(cls), last.key_value(x), one_query=True)
+        return self._finish_layer(cls, context, last)[order.argsort()]
+
+    def _up_to_last_layer(
+        self, packed: PackedInput, attention: Callable[..., Tensor], weights: EncoderWeights
+    ) -> Tensor:
+        """All rows before the last layer, [T, H]."""
+        x = self._embed(packed, weights)
+        for layer in weights.layers[:-1]:
+            x = self._finish_layer(x, attention(layer.query(x), layer.key_value(x)), layer)
+        return x
 
     def _embed(self, packed: PackedInput, weights: EncoderWeights) -> Tensor:
         x = packed.embeddings + F.embedding(packed.positions, weights.positions)
@@ -312,7 +332,7 @@ class OptimizedEncoder(EncoderPass):
                 layers=tuple(self._prepare(layer) for layer in weights.layers),
             )
         recordable = dtype == torch.bfloat16 and has_kernel(self.word_table.device)
-        self._recorded = RecordedPasses(self._encode_cls, self.config.num_heads) if recordable else None
+        self._recorded = RecordedPasses(self._record_cls, self.config.num_heads) if recordable else None
 
     def _prepare(self, layer: LayerWeights) -> LayerWeights:
         def prepare(part: Linear | Norm) -> Linear | Norm:
@@ -330,22 +350,26 @@ class OptimizedEncoder(EncoderPass):
 
     @torch.no_grad()  # not inference_mode: a teacher's logits enter a loss
     def encode(self, packed: PackedInput, rows: Tensor | None = None) -> Tensor:
-        """As EncoderPass.encode; on a CPU by pieces of ROWS_AT_ONCE rows, on a GPU [CLS] states of small inputs by
-        recorded launches."""
-        only_cls = rows is packed.cls_rows
-        if packed.embeddings.device.type != "cpu":
-            if only_cls and self._recorded is not None and self._recorded.suit(packed):
-                self._check_fits_positions(packed, self._weights.positions)
-                return self._recorded(packed)
+        """As EncoderPass.encode; on a CPU by parts of ROWS_AT_ONCE rows."""
+        if packed.embeddings.device.type != "cpu" or len(packed.embeddings) <= ROWS_AT_ONCE:
             return super().encode(packed, rows)
-        if len(packed.embeddings) <= ROWS_AT_ONCE:
-            return super().encode(packed, rows)
-        pieces = packed.pieces(ROWS_AT_ONCE)
-        if only_cls:
-            hidden = torch.cat([super(OptimizedEncoder, self).encode(piece, piece.cls_rows) for piece in pieces])
-            return hidden[rows.argsort().argsort()]
-        hidden = torch.cat([super(OptimizedEncoder, self).encode(piece) for piece in pieces])
+        hidden = torch.cat([super(OptimizedEncoder, self).encode(part) for part in packed.parts(ROWS_AT_ONCE)])
         return hidden if rows is None else hidden[rows]
 
-    def _encode_cls(self, packed: PackedInput, attention: Callable[..., Tensor]) -> Tensor:
-        return self._encode(packed, packed.cls_rows, attention, self._weights)
+    @torch.no_grad()
+    def encode_cls(self, packed: PackedInput) -> Tensor:
+        """As EncoderPass.encode_cls; on a CPU by parts of ROWS_AT_ONCE rows, on a GPU small inputs by recorded
+        launches."""
+        if packed.embeddings.device.type != "cpu":
+            if self._recorded is not None and self._recorded.suit(packed):
+                self._check_fits_positions(packed, self._weights.positions)
+                return self._recorded(packed)
+            return super().encode_cls(packed)
+        if len(packed.embeddings) <= ROWS_AT_ONCE:
+            return super().encode_cls(packed)
+        parts = packed.parts(ROWS_AT_ONCE)
+        hidden = torch.cat([super(OptimizedEncoder, self).encode_cls(part) for part in parts])
+        return hidden[packed.cls_rows.argsort().argsort()]
+
+    def _record_cls(self, packed: PackedInput, attention: Callable[..., Tensor]) -> Tensor:
+        return self._encode_cls(packed, attention, self._weights)

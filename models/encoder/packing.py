@@ -53,9 +53,9 @@ class PackedInput:
     caption_rows: Tensor
     """[sum of caption lengths] int64: rows of the captions' pieces, sequence by sequence."""
 
-    def pieces(self, max_rows: int) -> list[PackedInput]:
+    def parts(self, max_rows: int) -> list[PackedInput]:
         """The same sequences in runs of at most `max_rows` rows (but at least one sequence), in the order of the
-        rows; each piece counts its rows from 0, its `cls_rows` rise, and it has no `caption_rows`."""
+        rows; each part counts its rows from 0, its `cls_rows` rise, and it has no `caption_rows`."""
         runs: list[list[Group]] = []
         filled = max_rows  # the first sequence opens the first run
         for start, count, length in self.groups:
@@ -66,9 +66,9 @@ class PackedInput:
                 taken = min(count, max(1, (max_rows - filled) // length))
                 runs[-1].append(Group(start, taken, length))
                 start, count, filled = start + taken * length, count - taken, filled + taken * length
-        return [self._piece(run) for run in runs]
+        return [self._part(run) for run in runs]
 
-    def _piece(self, groups: list[Group]) -> PackedInput:
+    def _part(self, groups: list[Group]) -> PackedInput:
         first = groups[0].start
         rows = slice(first, groups[-1].rows.stop)
         cls_rows = [torch.arange(g.start - first, g.rows.stop - first, g.length) for g in groups]

@@ -16,6 +16,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import ftfy
@@ -33,6 +34,7 @@ VOCABULARY_FILE = "vocab.txt"
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+@lru_cache(maxsize=1 << 16)  # a training step needs a caption for its word pieces and for its key
 def canonical_caption(raw: str) -> str:
     """The form that is tokenised and compared: "A  red_ball, left &amp; right!" -> "a red ball left right".
 
@@ -107,8 +109,10 @@ class CaptionTokenizer:
             self.vocab[token] for token in SPECIAL_TOKENS
         )
 
-    def __call__(self, captions: Sequence[str], max_pieces: int = 62) -> CaptionIds:
-        """Raw captions -> their word pieces, at most the first `max_pieces` of each (text-only input: 62)."""
+    def __call__(self, captions: Sequence[str], max_pieces: int | None = None) -> CaptionIds:
+        """Raw captions -> their word pieces, at most the first `max_pieces` of each.
+
+        By default all: how many a model reads is its own configuration, and it cuts them itself."""
         encoded = self._tokenizer.encode_batch_fast(
             [canonical_caption(caption) for caption in captions], add_special_tokens=False
         )

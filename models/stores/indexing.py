@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..checkpoints.checkpoint import adapter_fingerprint
 from ..distributed import DistributedContext
-from ..edje import EDJE
 from ..errors import UserError
+from ..matching import MatchPass
 from ..vision.backbones import Backbone
 from ..vision.images import ImageError, open_image
 from .store_format import DTYPES
@@ -47,7 +46,7 @@ def find_images(folder: str | Path) -> list[str]:
     return found
 
 
-def check_backbone(model: EDJE, backbone: Backbone) -> None:
+def check_backbone(model: MatchPass, backbone: Backbone) -> None:
     """Raises UserError naming both if `model` was trained with the tokens of another backbone."""
     expected = model.config.backbone_fingerprint
     if expected and backbone.fingerprint != expected:
@@ -62,7 +61,7 @@ def precompute(
     images: Sequence[ImageSource],
     ids: Sequence[str],
     backbone: Backbone,
-    model: EDJE | None = None,
+    model: MatchPass | None = None,
     *,
     distributed: DistributedContext | None = None,
     dtype: str = "float16",
@@ -120,7 +119,7 @@ def precompute_captions(
 
 
 def image_store_writer(
-    path: str | Path, ids: Sequence[str], backbone: Backbone, model: EDJE | None, dtype: str
+    path: str | Path, ids: Sequence[str], backbone: Backbone, model: MatchPass | None, dtype: str
 ) -> TokenStoreWriter:
     """The writer of a store of compressed tokens (of `model`) or of patch tokens (without one)."""
     dims = backbone.dims
@@ -128,7 +127,7 @@ def image_store_writer(
     if model is not None:
         check_backbone(model, backbone)
         tokens_per_item, width = model.config.num_vision_tokens, model.config.encoder.hidden_size
-        adapter = adapter_fingerprint(model.config, model.state_dict())
+        adapter = model.adapter_fingerprint
     return TokenStoreWriter(
         path, ids, tokens_per_item, width, dims.embedding_width, dtype, backbone.fingerprint, adapter
     )

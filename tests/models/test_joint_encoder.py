@@ -169,6 +169,7 @@ def test_wanted_rows_are_the_rows_of_the_full_pass(grad, optimized):
         full = encoder.encode(packed)
         for rows in (packed.cls_rows, packed.cls_rows.clone(), packed.caption_rows, torch.tensor([5, 0, 5])):
             torch.testing.assert_close(encoder.encode(packed, rows), full[rows], **EXACT)
+        torch.testing.assert_close(encoder.encode_cls(packed), full[packed.cls_rows], **EXACT)
 
 
 def spread_logits(encoder, batch: Batch, order: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def spread_logits(encoder, batch: Batch, order: Tensor) -> Tensor:
     captions, tokens = batch.captions, batch.tokens
     packed = encoder.pack_pairs(captions, tokens, batch.caption_index[order], batch.image_index[order])
     head = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
-    return encoder.encode(packed, packed.cls_rows).float() @ head
+    return encoder.encode_cls(packed).float() @ head
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 40, 10_000])
@@ -228,7 +229,7 @@ def test_bfloat16_logits_stay_within_the_stated_bound_of_float32():
     for dtype in (torch.float32, torch.bfloat16):
         fast = encoder.optimized(dtype)
         packed = fast.pack_pairs(captions, tokens, index, index)
-        logits[dtype] = fast.encode(packed, packed.cls_rows).float() @ heads
+        logits[dtype] = fast.encode_cls(packed).float() @ heads
     spread = logits[torch.float32].std()
     assert spread > 0.5
     assert (logits[torch.bfloat16] - logits[torch.float32]).abs().max() < joint_encoder.BFLOAT16_BOUND * spread
@@ -298,5 +299,5 @@ def test_gpu_agrees_with_cpu(form):
     batch.captions, batch.tokens = batch.captions.to("cuda"), batch.tokens.cuda()
     packed = encoder.pack_pairs(batch.captions, batch.tokens, batch.caption_index.cuda(), batch.image_index.cuda())
     head = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
-    logits = encoder.encode(packed, packed.cls_rows).float().cpu() @ head
+    logits = encoder.encode_cls(packed).float().cpu() @ head
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.2 if form == torch.bfloat16 else 1e-3)

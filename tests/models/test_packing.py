@@ -74,13 +74,13 @@ def test_tokens_of_a_store_are_taken_in_the_dtype_of_the_words():
 
 
 @pytest.mark.parametrize("max_rows", [1, 9, 20, 1000])
-def test_pieces_are_the_rows_in_order_and_cut_no_sequence(max_rows):
+def test_parts_are_the_rows_in_order_and_cut_no_sequence(max_rows):
     packed = pack_pairs(WORDS, SPECIAL, *make_inputs(1))
-    pieces = packed.pieces(max_rows)
-    assert torch.equal(torch.cat([piece.embeddings for piece in pieces]), packed.embeddings)
-    assert torch.equal(torch.cat([piece.positions for piece in pieces]), packed.positions)
-    assert torch.equal(torch.cat([piece.segments for piece in pieces]), packed.segments)
-    for piece in pieces:
-        assert len(piece.embeddings) <= max_rows or len(piece.cls_rows) == 1
-        assert torch.equal(piece.cls_rows, (piece.positions == 0).nonzero().squeeze(1))
-        assert sum(group.count * group.length for group in piece.groups) == len(piece.embeddings)
+    parts = packed.parts(max_rows)
+    assert torch.equal(torch.cat([part.embeddings for part in parts]), packed.embeddings)
+    assert torch.equal(torch.cat([part.positions for part in parts]), packed.positions)
+    assert torch.equal(torch.cat([part.segments for part in parts]), packed.segments)
+    for part in parts:
+        assert len(part.embeddings) <= max_rows or len(part.cls_rows) == 1
+        assert torch.equal(part.cls_rows, (part.positions == 0).nonzero().squeeze(1))
+        assert sum(group.count * group.length for group in part.groups) == len(part.embeddings)

@@ -52,7 +52,7 @@ def test_hidden_states_of_every_token_are_the_same(case):
 def test_pooled_states_are_the_same(case):
     captions = case.joint_pieces()
     packed = case.pack_own_pairs(captions, case.model.compress(case.inputs["patch_tokens"]))
-    pooled = case.model.match_head.pool(case.model.encoder.encode(packed, packed.cls_rows))
+    pooled = case.model.match_head.pool(case.model.encoder.encode_cls(packed))
     assert_close(pooled, case.expected["joint_pooled"])
 
 
