@@ -3,6 +3,7 @@
 python scripts/ablate.py configs/demo_ablations/*.yaml --seeds 0 1 2 --out runs/ablations
 python scripts/ablate.py configs/demo_ablations/*.yaml --out runs/ablations training.steps=100      overrides, for all
 python scripts/ablate.py configs/demo_ablations/*.yaml --seeds 0 1 2 --time-again    after runs side by side
+python scripts/ablate.py --table benchmarks/results/demo_ablations/ablations.json    a record's table again
 
 Runs lie in OUT/CONFIG/seedN: what is done is skipped, what was killed continues. The first config is the one that the
 others are compared with. Written: OUT/ablations.json, ablations.md, ablations.svg.
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.output import DIRECTION_TITLES, aligned, columns_of, mean_text
 from evaluation.report.charts import Point, scatter_charts
 from models.edje import EDJE
-from models.errors import UserError, run_entry_point
+from models.errors import UserError, one_line, run_entry_point
 from models.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +69,19 @@ def describe(
         "seeds": list(seeds),
         "R@1": {d: {c: [r[d][c]["R@1"] for r in runs] for c in columns_of(*runs)} for d in DIRECTION_TITLES},
     }
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """An ablations.json. Raises UserError naming the file."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not an ablations.json ({one_line(error)}); scripts/ablate.py writes one") from None
+    if not isinstance(entries, list) or not entries or not all("R@1" in entry for entry in entries):
+        raise UserError(
+            f"{path}: not an ablations.json: expected a list of entries with R@1; scripts/ablate.py writes one"
+        )
+    return entries
 
 
 def difference(values: list[float], base: list[float]) -> str:
@@ -113,9 +127,9 @@ def plot(entries: list[dict[str, Any]]) -> str:
     return scatter_charts(panels, "text to image R@1 of the match logit, %", ("embedding alone", level))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", help="YAML files, then key=value overrides for all of them")
+    parser.add_argument("configs", nargs="*", help="YAML files, then key=value overrides for all of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default: runs/ablations")
     parser.add_argument("--plot", nargs="+", metavar="NAME", help="configs to draw, without .yaml (default: all)")
@@ -124,7 +138,11 @@ def main() -> None:
         action="store_true",
         help="ms a query from one more evaluation of each config's first seed, for runs that shared a machine",
     )
-    arguments = parser.parse_intermixed_args()
+    parser.add_argument("--table", type=Path, metavar="FILE.json", help="run nothing; print an ablations.json")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.table:
+        print(table(read_entries(arguments.table)))
+        return
     overrides = [text for text in arguments.configs if "=" in text]
     configs = [Path(text) for text in arguments.configs if "=" not in text]
     missing = [str(path) for path in configs if not path.is_file()]

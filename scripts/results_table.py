@@ -3,6 +3,8 @@
 Mean and spread over the seeds of one experiment:
     python scripts/results_table.py benchmarks/results/demo/seed*.json
     python scripts/results_table.py --subsets benchmarks/results/emoji_frozen/seed*.json
+R@1 of several experiments, a row per folder of seeds and direction:
+    python scripts/results_table.py --compare benchmarks/results/demo benchmarks/results/emoji_frozen
 The paper's tables (benchmarks/results/paper.json), with ours from every results.json below a folder:
     python scripts/results_table.py --paper runs
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.metrics import RECALL_DEPTHS
 from evaluation.model_record import benchmark_name
-from evaluation.output import DIRECTION_TITLES, aligned, markdown_table, protocol
+from evaluation.output import (
+    COLUMN_TITLES,
+    DIRECTION_TITLES,
+    aligned,
+    columns_of,
+    gain_text,
+    markdown_table,
+    mean_text,
+    protocol,
+)
 from models.errors import UserError, run_entry_point
 
 PAPER = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "paper.json"
@@ -109,8 +120,15 @@ def _check_figures(part: dict[str, Any], where: str) -> None:
         _field(sums, column, "a number", f"{where}rsum.")
 
 
-def table(results: list[dict[str, Any]], with_subsets: bool) -> str:
+def table(results: list[dict[str, Any]], with_subsets: bool, with_protocol: bool = True) -> str:
     """The whole table; seeds are averaged, so all results must be of one data set, split, k and folds."""
+    check_one_experiment(results, with_subsets)
+    rows = markdown_table(results, with_subsets)
+    return f"{protocol(results)}\n\n{rows}" if with_protocol else rows
+
+
+def check_one_experiment(results: list[dict[str, Any]], with_subsets: bool) -> None:
+    """Raises UserError naming what results differ in that must be the same for seeds of one experiment."""
     first, *others = ({"folds": 1} | result for result in results)  # files of before folds are of whole splits
     for other in others:
         for key in ("dataset", "split", "k", "folds", "images", "captions"):
@@ -120,7 +138,23 @@ def table(results: list[dict[str, Any]], with_subsets: bool) -> str:
                 )
         if with_subsets and set(other.get("subsets", {})) != set(first.get("subsets", {})):
             raise UserError("results differ in subsets; give seeds of one experiment, or leave --subsets out")
-    return f"{protocol(results)}\n\n{markdown_table(results, with_subsets)}"
+
+
+def comparison(folders: Sequence[Path]) -> str:
+    """R@1 of experiments side by side: each is a folder of seeds, seed*.json, and named by the folder."""
+    rows = [["", "", "images", "seeds", *COLUMN_TITLES.values(), "gain of the last [95%]"]]
+    for folder in folders:
+        seeds = [read_results(path) for path in sorted(folder.glob("seed*.json"))]
+        if not seeds:
+            raise UserError(f"{folder}: no seed*.json in it; give folders of results.json files, one per seed")
+        check_one_experiment(seeds, with_subsets=False)
+        for direction, title in DIRECTION_TITLES.items():
+            parts, columns = [seed[direction] for seed in seeds], columns_of(*seeds)
+            recalls = {column: mean_text([part[column]["R@1"] for part in parts]) for column in columns}
+            counts = [f"{seeds[0]['images']:,}", str(len(seeds))]
+            cells = [recalls.get(column, "–") for column in COLUMN_TITLES]
+            rows.append([folder.name, title, *counts, *cells, gain_text(parts, columns[-1])])
+    return aligned(rows)
 
 
 def paper_tables(folder: Path) -> str:
@@ -206,22 +240,27 @@ def about(result: dict[str, Any]) -> str:
     return f"{result['dataset']}, {result['split']}: {counts}; {model_title(result)}, {result['model']['setting']}"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="results.json files, one a seed")
     parser.add_argument("--subsets", action="store_true", help="also a row for each subset of the split")
+    parser.add_argument("--table-only", action="store_true", help="without the sentence on the protocol")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="R@1 of folders of seeds, side by side")
     parser.add_argument("--paper", type=Path, metavar="DIR", help="the paper's tables and every results.json below DIR")
-    arguments = parser.parse_args()
-    if bool(arguments.results) == bool(arguments.paper):
-        raise UserError("give results.json files of one experiment, or --paper DIR for the paper's tables")
+    arguments = parser.parse_args(argv)
+    if sum(map(bool, (arguments.results, arguments.compare, arguments.paper))) != 1:
+        raise UserError("give results.json files of one experiment, --compare DIR ..., or --paper DIR")
     if arguments.paper:
         print(paper_tables(arguments.paper))
+    elif arguments.compare:
+        print(comparison(arguments.compare))
     else:
         files = [path.resolve() for path in arguments.results]
         twice = [str(path) for path, file in zip(arguments.results, files, strict=True) if files.count(file) > 1]
         if twice:
             raise UserError(f"{' and '.join(twice)}: one file, which would count as several seeds; name it once")
-        print(table([read_results(path) for path in arguments.results], arguments.subsets))
+        results = [read_results(path) for path in arguments.results]
+        print(table(results, arguments.subsets, with_protocol=not arguments.table_only))
 
 
 if __name__ == "__main__":

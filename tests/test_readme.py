@@ -23,7 +23,7 @@ def commands():
     for source in SOURCES:
         text = re.sub(r"\\+\n[#\s]*", " ", source.read_text())
         for match in COMMAND.finditer(text):
-            command = match.group(1).split("  ")[0].split(" #")[0]
+            command = match.group(1).split("  ")[0].split(" #")[0].split(" -->")[0]
             found.append(pytest.param(command.replace('"', "").split(), id=f"{source.name}: {command[:60]}"))
     return found
 

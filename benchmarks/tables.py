@@ -1,0 +1,128 @@
+"""Benchmark records as Markdown: one record whole, or the reranking speed of several side by side.
+
+print(whole(read_record(Path("benchmarks/results/store_cpu.json"))))
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from models.errors import UserError, one_line
+
+SPREAD = "median (10th to 90th percentile)"
+DTYPES = ("float32", "bfloat16")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record of scripts/benchmark.py. Raises UserError naming the file."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a benchmark record ({one_line(error)}); write one with --out") from error
+    if not isinstance(record, dict) or not SECTION_TABLES.keys() & record.keys():
+        raise UserError(f"{path}: not a benchmark record: it has none of {', '.join(SECTION_TABLES)}; write one")
+    return record
+
+
+def whole(record: dict[str, Any], only_tables: bool = False) -> str:
+    """What was measured on, unless `only_tables`, and a table or more for each section."""
+    tables = [table for name, make in SECTION_TABLES.items() if name in record for table in make(record[name])]
+    return "\n\n".join(tables if only_tables else [measured_on(record), *tables])
+
+
+def measured_on(record: dict[str, Any]) -> str:
+    """`AMD EPYC (avx2), 2 threads; python 3.11.7, torch 2.14.1; 2026-11-26`."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{record['device']}, {record['threads']} threads; {versions}; {record['date']}"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, its first column aligned to the left and the others to the right."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(header) - 1), *lines[1:]])
+
+
+def rerank_tables(section: dict[str, Any]) -> list[str]:
+    """Rates, ratios, and the time of one call where the record has it."""
+    rates = []
+    for result in section["results"]:
+        share = f"{result['share_of_matmul_peak']:.0%}"
+        rates.append((result["name"], spread_text(result["pairs_per_second"], ".0f"), share))
+    ratios = [(row["name"], f"{row['reached']['median']:.2f}", str(row["target"] or "–")) for row in section["ratios"]]
+    tables = [
+        markdown(("contestant", f"pairs/s, {SPREAD}", "share of matmul peak"), rates),
+        markdown(("comparison", "times as fast", "target"), ratios),
+    ]
+    if "calls" in section:
+        calls = section["calls"]
+        tables.append(times_table(f"one call of {calls['pairs']} pairs, {calls['dtype']}", calls["milliseconds"]))
+    return tables
+
+
+def store_tables(section: dict[str, Any]) -> list[str]:
+    what = f"{section['fetched']} of {section['items']:,} items, {section['tokens']} x {section['width']}"
+    return [times_table(f"fetch of {what}", section["milliseconds"])]
+
+
+def times_table(what: str, milliseconds: dict[str, dict[str, float]]) -> str:
+    return markdown((what, f"ms, {SPREAD}"), ((name, spread_text(time, ".2f")) for name, time in milliseconds.items()))
+
+
+def train_tables(section: dict[str, Any]) -> list[str]:
+    rows = [(name, f"{rate['median']:.2f}") for name, rate in section["steps_per_second"].items()]
+    rows.append(("times as fast", f"{section['ratio']['median']:.1f}"))
+    return [markdown((f"training, {section['backbone']}, {section['batch_size']} pairs per step", "steps/s"), rows)]
+
+
+def lists_tables(section: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, row in section["lists"].items():
+        sizes = (row["pss_bytes_main"], row["pss_bytes_workers"], row["pss_bytes_main"] + row["pss_bytes_workers"])
+        rows.append((name, *(f"{size / 1e9:.2f} GB" for size in sizes)))
+    return [markdown((f"list, {section['workers']} workers", "main process", "workers", "all"), rows)]
+
+
+def shards_tables(section: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, row in section["comparisons"].items():
+        rates = (f"{rate['median']:,.0f}" for rate in row["images_per_second"].values())
+        rows.append((name, *rates, f"{row['ratio_of_medians']:.2f}"))
+    return [markdown((f"images/s, {section['processes']} processes", "from shards", "PIL alone", "ratio"), rows)]
+
+
+SECTION_TABLES = {
+    "rerank": rerank_tables,
+    "store": store_tables,
+    "train": train_tables,
+    "lists": lists_tables,
+    "shards": shards_tables,
+}
+"""Sections of a record, in the order of their tables."""
+
+
+def spread_text(figures: dict[str, float], form: str) -> str:
+    return f"{figures['median']:{form}} ({figures['p10']:{form}} to {figures['p90']:{form}})"
+
+
+def side_by_side(records: Sequence[dict[str, Any]]) -> str:
+    """Median pairs/s of reranking: a row per contestant, a column per record and dtype; then ms per call."""
+    columns = [(record, dtype) for record in records for dtype in DTYPES]
+    cells: dict[str, dict[int, str]] = {}
+    for number, (record, dtype) in enumerate(columns):
+        if "rerank" not in record:
+            raise UserError("side by side stand records with a section `rerank` alone; leave the others out")
+        for result in record["rerank"]["results"]:
+            name, of_dtype, rest = result["name"].partition(f" {dtype}, ")
+            if of_dtype:
+                cells.setdefault(f"{name}, {rest}", {})[number] = f"{result['pairs_per_second']['median']:,.0f}"
+        calls = record["rerank"].get("calls", {})
+        for name, time in calls.get("milliseconds", {}).items() if calls.get("dtype") == dtype else ():
+            row = f"ours, one call of {calls['pairs']} pairs, {name}"
+            cells.setdefault(row, {})[number] = f"{time['median']:,.{0 if time['median'] >= 100 else 1}f} ms"
+    header = ["pairs/s", *(f"{record['device'].split(' (')[0]} {dtype}" for record, dtype in columns)]
+    rows = [[name, *(row.get(number, "–") for number in range(len(columns)))] for name, row in cells.items()]
+    calls_last = sorted(rows, key=lambda row: ", one call of " in row[0])
+    return markdown(header, calls_last)
