@@ -15,6 +15,7 @@ from models.distributed import process_group
 from models.errors import run_entry_point
 from models.precision import resolve_precision
 from training.config import RunConfig, load_config
+from training.features import open_features, open_retriever
 from training.loop import Run, build_optimizer, train
 from training.objectives import Objectives, check_words
 from training.setup import (
@@ -23,7 +24,6 @@ from training.setup import (
     load_teacher,
     load_training_split,
     load_validation_split,
-    open_features,
 )
 
 
@@ -46,11 +46,12 @@ def main() -> None:
         check_words(config.objectives, model.tokenizer)
         teacher = load_teacher(config, features, model, distributed)  # None unless a distillation asks for it
         keys = CaptionKeys(dataset)
+        retriever = open_retriever(config)  # None unless negatives are mined by another model's similarities
         # Knows what each step reads, so that a run resumes anywhere.
-        batches = build_batches(config, features, dataset, keys, distributed)
+        batches = build_batches(config, features, retriever, dataset, keys, distributed)
         objectives = Objectives(config.objectives, config.negatives, config.seed, distributed, teacher)
         run = Run(config, model, build_optimizer(model, config.training), distributed, dtype)
-        train(run, batches, features, keys, objectives, validation)
+        train(run, batches, features, retriever, keys, objectives, validation)
 
 
 if __name__ == "__main__":

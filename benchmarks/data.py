@@ -30,7 +30,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from tqdm import tqdm
 
-from data.batches import BatchPlan, TrainingBatches
+from data.batches import BatchPlan, ImageRows, TrainingBatches
 from data.caption_datasets import CaptionDataset, load_annotations
 from data.neighbours import CaptionKeys
 from data.webdataset_shards import load_shards
@@ -92,7 +92,7 @@ def _training_memory(file: Path, cache: Path) -> dict[str, Any]:
     seconds, peak = time.perf_counter() - start, _peak_bytes() - before
     dataset = _OneImage(**vars(listed))
     keys = CaptionKeys(dataset)
-    batches = TrainingBatches(BatchPlan(dataset, BATCH_SIZE, seed=0), preprocess=preprocess())
+    batches = TrainingBatches(BatchPlan(dataset, BATCH_SIZE, seed=0), ImageRows(preprocess()))
     stream = batches.read(0, 10**9, NUM_WORKERS)
     for _ in range(NUM_BATCHES):
         batch = next(stream)

@@ -24,9 +24,10 @@ from models.precision import resolve_precision
 from models.stores.indexing import precompute, precompute_captions
 from models.vision.backbones import Backbone
 from training.config import RunConfig, load_config
+from training.features import open_features
 from training.loop import Run, build_optimizer, optimizer_step
 from training.objectives import Objectives
-from training.setup import build_batches, build_model, load_training_split, open_features
+from training.setup import build_batches, build_model, load_training_split
 from training.step_reader import StepReader
 
 from .timing import ROOT, alternate, ratio, spread
@@ -94,7 +95,7 @@ def _stepper(config: RunConfig, distributed: DistributedContext):
     model = build_model(config, features, dataset, distributed).to(distributed.device)
     keys = CaptionKeys(dataset)
     run = Run(config, model, build_optimizer(model, config.training), distributed, dtype)
-    batches = build_batches(config, features, dataset, keys, distributed)
-    reader = StepReader(config, model.tokenizer, batches, features, keys, distributed)
+    batches = build_batches(config, features, None, dataset, keys, distributed)
+    reader = StepReader(config, model.tokenizer, batches, features, None, keys, distributed)
     objectives = Objectives(config.objectives, config.negatives, config.seed, distributed)
     return lambda: optimizer_step(run, reader, objectives, len(dataset) / config.training.batch_size)

@@ -9,13 +9,15 @@ Letters: B rows of the global micro-batch, b rows of this rank, P patch tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -34,6 +36,17 @@ def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generato
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose, *position])))
 
 
+@dataclass(frozen=True)
+class EncodedRows:
+    """What a backbone made of b rows."""
+
+    patch_tokens: Tensor
+    """[b, P, Dv]"""
+    image_embeddings: Tensor
+    """[b, De] float32, normalised; so are text_embeddings."""
+    text_embeddings: Tensor
+
+
 @dataclass
 class Batch:
     """A rank's b rows of global micro-batch `number`; the rows of all ranks, in order of rank, make the batch."""
@@ -45,14 +58,24 @@ class Batch:
     """[b] int64: image numbers of the data set."""
     captions: Tensor
     """[b] int64: caption numbers of the data set."""
-    pixels: Tensor | None = None
-    """[b, 3, S, S], when training reads images."""
-    patch_tokens: Tensor | None = None
-    """[b, P, Dv], when training reads a patch-token store; so are the two embeddings, [b, De] float32."""
-    image_embeddings: Tensor | None = None
-    text_embeddings: Tensor | None = None
+    content: Tensor | EncodedRows
+    """Pixels [b, 3, S, S] when training reads images, else what is stored of them."""
     unreadable: list[str] = field(default_factory=list)
     """One line for each image that could not be read and was replaced."""
+
+    @classmethod
+    def of(
+        cls,
+        number: int,
+        rows: np.ndarray,
+        images: np.ndarray,
+        captions: np.ndarray,
+        content: Tensor | EncodedRows,
+        unreadable: Sequence[str] = (),
+    ) -> Batch:
+        """From numbers as NumPy arrays, [b] int64 each."""
+        tensors = torch.from_numpy(rows), torch.from_numpy(images), torch.from_numpy(captions)
+        return cls(number, *tensors, content, list(unreadable))
 
     def __getstate__(self) -> dict[str, Any]:
         """From a worker, numbers travel inside the message: each tensor would open shared memory of its own, which
@@ -85,8 +108,9 @@ class BatchPlan:
         if self.neighbours is None:
             return self._in_order(number * self.batch_size, self.batch_size)
         num_groups = self.batch_size // self.group_size
-        anchors = self._in_order(number * num_groups, num_groups)
-        return np.concatenate([self._group(number, g, anchor) for g, anchor in enumerate(anchors)])
+        anchors = self._in_order(number * num_groups, num_groups).tolist()
+        groups = [self._group(number, g, anchor, self.neighbours[anchor]) for g, anchor in enumerate(anchors)]
+        return np.concatenate(groups)
 
     def caption(self, image: int, row: int) -> int:
         """A caption of `image`, drawn for row `row` of the run."""
@@ -95,6 +119,17 @@ class BatchPlan:
             return start
         return int(random_stream(self.seed, CAPTION, row).integers(start, stop))
 
+    def captions(self, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """[b] images in rows [b] of the run -> a caption of each, [b] int64."""
+        return np.array([self.caption(int(i), int(row)) for i, row in zip(images, rows, strict=True)], np.int64)
+
+    def stand_ins(self, image: int, row: int) -> Iterator[int]:
+        """`image`, then without end the images that are drawn for row `row` of the run where it cannot be read."""
+        yield image
+        stream = random_stream(self.seed, STAND_IN, row)
+        while True:
+            yield int(stream.integers(len(self.dataset)))
+
     def _in_order(self, first: int, count: int) -> np.ndarray:
         """Images at positions first .. first + count - 1 of the run: epoch after epoch, each in an order of its own."""
         positions = np.arange(first, first + count)
@@ -102,11 +137,11 @@ class BatchPlan:
         orders = {int(epoch): _epoch_order(self.dataset, self.seed, int(epoch)) for epoch in np.unique(epochs)}
         return np.array([orders[e][p] for e, p in zip(epochs.tolist(), places, strict=True)], np.int64)
 
-    def _group(self, number: int, group: int, anchor: int) -> np.ndarray:
+    def _group(self, number: int, group: int, anchor: int, neighbours: Tensor) -> np.ndarray:
         """The anchor and its members, all different as far as the data set allows."""
         stream = random_stream(self.seed, GROUP, number, group)
-        near = stream.permutation(self.neighbours[anchor].numpy())
-        members = [int(anchor)]
+        near = stream.permutation(neighbours.numpy())
+        members = [anchor]
         while len(members) < self.group_size:
             left = np.setdiff1d(near, members, assume_unique=False)
             if len(left) and stream.random() >= self.random_share(number):
@@ -121,68 +156,68 @@ def _epoch_order(dataset: CaptionDataset, seed: int, epoch: int) -> np.ndarray:
     return dataset.epoch_order(random_stream(seed, ORDER, epoch))
 
 
-class TrainingBatches(Dataset):
-    """Reads this rank's rows of any micro-batch: item n is the Batch of micro-batch n.
+class RowReader(Protocol):
+    """Reads rows of a micro-batch, in a data loader's worker."""
 
-    With `store` (patch tokens) and `caption_store` nothing is decoded and no backbone runs; without, images are decoded
-    and `preprocess`ed. An unreadable image is replaced by a random other one and named in Batch.unreadable."""
+    def read(self, plan: BatchPlan, number: int, rows: np.ndarray, images: np.ndarray) -> Batch:
+        """Micro-batch `number`, of which `rows` [b] are wanted, row numbers of the run; images: [b] image numbers."""
 
-    def __init__(
-        self,
-        plan: BatchPlan,
-        rank: int = 0,
-        num_ranks: int = 1,
-        preprocess: Callable | None = None,
-        store: TokenStore | None = None,
-        caption_store: TokenStore | None = None,
-    ):
+
+class StoredRows:
+    """Rows of a patch-token store and of a store of caption embeddings: nothing is decoded, no backbone runs."""
+
+    def __init__(self, dataset: CaptionDataset, images: TokenStore, captions: TokenStore):
+        """Raises UserError if a store lacks an image or a caption of the data set."""
+        self._images, self._captions = images, captions
+        self._image_rows, self._caption_rows = images.rows(dataset.image_ids), captions.rows(dataset.captions)
+
+    def read(self, plan: BatchPlan, number: int, rows: np.ndarray, images: np.ndarray) -> Batch:
+        captions, stored = plan.captions(images, rows), self._image_rows[images]
+        content = EncodedRows(
+            self._images.gather_rows(stored),
+            self._images.gather_embedding_rows(stored),
+            self._captions.gather_embedding_rows(self._caption_rows[captions]),
+        )
+        return Batch.of(number, rows, images, captions, content)
+
+
+class ImageRows:
+    """Decoded and preprocessed images. An unreadable one is replaced by a random other one and named."""
+
+    def __init__(self, preprocess: Callable[[Image.Image], Tensor]):
+        self._preprocess = preprocess
+
+    def read(self, plan: BatchPlan, number: int, rows: np.ndarray, images: np.ndarray) -> Batch:
+        unreadable: list[str] = []
+        read = [self._first_readable(plan, int(i), int(r), unreadable) for i, r in zip(images, rows, strict=True)]
+        images = np.array([image for image, _ in read], np.int64)
+        # In a worker, default_collate stacks in memory that the other processes see; torch.stack would be copied there.
+        pixels: Tensor = default_collate([pixels for _, pixels in read])
+        return Batch.of(number, rows, images, plan.captions(images, rows), pixels, unreadable)
+
+    def _first_readable(self, plan: BatchPlan, image: int, row: int, unreadable: list[str]) -> tuple[int, Tensor]:
+        """(image number, pixels): `image` itself, or the first readable one of those drawn for its row."""
+        for candidate in islice(plan.stand_ins(image, row), 100):
+            try:
+                return candidate, self._preprocess(plan.dataset.open_image(candidate))
+            except ImageError as error:
+                unreadable.append(str(error))
+        raise UserError(f"{unreadable[0]}; nor could 99 other images of {plan.dataset.root} be read")
+
+
+class TrainingBatches(Dataset[Batch]):
+    """Reads this rank's rows of any micro-batch: item n is the Batch of micro-batch n."""
+
+    def __init__(self, plan: BatchPlan, reader: RowReader, rank: int = 0, num_ranks: int = 1):
         if plan.batch_size % num_ranks:
             raise UserError(f"a micro-batch has {plan.batch_size} rows, which {num_ranks} ranks cannot share evenly")
-        self.plan, self.preprocess = plan, preprocess
+        self.plan, self.reader = plan, reader
         self.share = range(rank * plan.batch_size // num_ranks, (rank + 1) * plan.batch_size // num_ranks)
-        self.store, self.caption_store = store, caption_store
-        if store is not None:
-            self.image_rows = store.rows(plan.dataset.image_ids)
-            self.caption_rows = caption_store.rows(plan.dataset.captions)
 
     def __getitem__(self, number: int) -> Batch:
         images = self.plan.images(number)[self.share.start : self.share.stop]
         rows = number * self.plan.batch_size + np.arange(self.share.start, self.share.stop)
-        if self.store is not None:
-            return self._from_store(number, rows, images)
-        return self._from_images(number, rows, images)
-
-    def _batch(self, number: int, rows: np.ndarray, images: np.ndarray) -> Batch:
-        captions = [self.plan.caption(int(i), int(row)) for i, row in zip(images, rows, strict=True)]
-        return Batch(number, torch.from_numpy(rows), torch.from_numpy(images), torch.tensor(captions))
-
-    def _from_store(self, number: int, rows: np.ndarray, images: np.ndarray) -> Batch:
-        batch = self._batch(number, rows, images)
-        stored = self.image_rows[images]
-        batch.patch_tokens = self.store.gather_rows(stored)
-        batch.image_embeddings = self.store.gather_embedding_rows(stored)
-        batch.text_embeddings = self.caption_store.gather_embedding_rows(self.caption_rows[batch.captions.numpy()])
-        return batch
-
-    def _from_images(self, number: int, rows: np.ndarray, images: np.ndarray) -> Batch:
-        unreadable: list[str] = []
-        images, pixels = images.copy(), []
-        for position, row in enumerate(rows):
-            stand_ins = None
-            for _ in range(100):
-                try:
-                    pixels.append(self.preprocess(self.plan.dataset.open_image(int(images[position]))))
-                    break
-                except ImageError as error:
-                    unreadable.append(str(error))
-                    stand_ins = stand_ins or random_stream(self.plan.seed, STAND_IN, int(row))
-                    images[position] = stand_ins.integers(len(self.plan.dataset))
-            else:
-                raise UserError(f"{unreadable[0]}; nor could 99 other images of {self.plan.dataset.root} be read")
-        batch = self._batch(number, rows, images)
-        # In a worker, default_collate stacks in memory that the other processes see; torch.stack would be copied there.
-        batch.pixels, batch.unreadable = default_collate(pixels), unreadable
-        return batch
+        return self.reader.read(self.plan, number, rows, images)
 
     def read(self, start: int, stop: int, num_workers: int) -> Iterator[Batch]:
         """Micro-batches start .. stop - 1, read ahead by `num_workers` processes."""

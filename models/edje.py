@@ -31,6 +31,8 @@ from .vision.adapters import build_adapter
 class EDJE(MatchPass, nn.Module):
     """The trained part of the model; the frozen backbone stays outside and is never saved with it."""
 
+    encoder: JointEncoder
+
     def __init__(self, config: EDJEConfig, tokenizer: CaptionTokenizer):
         super().__init__()
         self.config = config
@@ -89,8 +91,9 @@ class EDJE(MatchPass, nn.Module):
 
     def _card(self, name: str, state: dict[str, Tensor]) -> str:
         weights = weights_fingerprint(state)
-        kept = self.card is not None and weights in self.card
-        return self.card if kept else model_card(self.config, name, weights=weights)
+        if self.card is not None and weights in self.card:
+            return self.card
+        return model_card(self.config, name, weights=weights)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, revision: str | None = None) -> str:
         """Upload what save_pretrained() writes to OWNER/NAME, in one commit on branch `revision`; returns its URL.

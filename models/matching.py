@@ -138,9 +138,8 @@ class OptimizedEDJE(MatchPass):
     ):
         """dtype: of the joint encoder's matrix products, by default the device's fastest (models/precision.py)."""
         self.config, self.tokenizer = config, tokenizer
-        self.adapter, self.match_head = (
-            copy.deepcopy(part).requires_grad_(False).eval() for part in (adapter, match_head)
-        )
+        self.adapter = copy.deepcopy(adapter).requires_grad_(False).eval()
+        self.match_head = copy.deepcopy(match_head).requires_grad_(False).eval()
         self.encoder = encoder.optimized(dtype)
         self.similarity_log_weight = similarity_log_weight.detach().clone()
 

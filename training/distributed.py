@@ -20,22 +20,24 @@ class _AllGather(torch.autograd.Function):
     """Concatenate a tensor of every rank along dim 0; backward sums what all ranks send to this rank's slice."""
 
     @staticmethod
-    def forward(ctx, local: Tensor) -> Tensor:
-        ctx.rank, ctx.rows = dist.get_rank(), len(local)
+    def forward(ctx: object, local: Tensor) -> Tensor:
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, local.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
-        return gradient[ctx.rank * ctx.rows : (ctx.rank + 1) * ctx.rows]
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(local: Tensor, distributed: DistributedContext) -> Tensor:
     """[b, ...] of each rank, equal shapes -> [b * ranks, ...], in order of rank. Carries gradients."""
-    return local if distributed.size == 1 else _AllGather.apply(local)
+    if distributed.size == 1:
+        return local
+    gathered: Tensor = _AllGather.apply(local)
+    return gathered
 
 
 def gather_captions(captions: CaptionIds, distributed: DistributedContext) -> CaptionIds:

@@ -20,7 +20,6 @@ from data.batches import TrainingBatches
 from data.caption_datasets import CaptionDataset
 from data.neighbours import CaptionKeys
 from evaluation.results import choose_lambda
-from evaluation.retrieval import evaluate
 from models.checkpoints.checkpoint import read_latest, write_checkpoint_files, write_latest
 from models.distributed import DistributedContext
 from models.edje import EDJE
@@ -29,10 +28,10 @@ from models.files import atomic_directory
 
 from .config import RunConfig, TrainingConfig, save_config
 from .distributed import average_gradients, broadcast_parameters, global_sum
-from .objectives import Objectives, StepInputs, StepLosses
+from .features import Embeddings, Features, StepInputs
+from .objectives import Objectives, StepLosses
 from .run_log import RunLog
 from .schedule import learning_rate
-from .setup import Features
 from .step_reader import StepReader
 
 STATE_FILE = "training_state.pt"
@@ -150,6 +149,7 @@ def train(
     run: Run,
     batches: TrainingBatches,
     features: Features,
+    retriever: Embeddings | None,
     keys: CaptionKeys,
     objectives: Objectives,
     validation: CaptionDataset | None,
@@ -161,8 +161,8 @@ def train(
     run_log = RunLog(Path(config.output), run.step, distributed)
     if distributed.is_main:
         save_config(config, Path(config.output) / "config.yaml")
-        run_log.announce(_describe(run, batches, features))
-    reader = StepReader(config, run.model.tokenizer, batches, features, keys, distributed, run.step)
+        run_log.announce(_describe(run, batches, features, objectives))
+    reader = StepReader(config, run.model.tokenizer, batches, features, retriever, keys, distributed, run.step)
     steps_per_epoch = len(batches.plan.dataset) / training.batch_size
     with tqdm(
         total=training.steps, initial=run.step, unit="step", disable=not distributed.is_main, mininterval=2
@@ -220,34 +220,21 @@ def _autocast(run: Run) -> AbstractContextManager[object]:
 
 def _validate(run: Run, features: Features, validation: CaptionDataset, run_log: RunLog) -> None:
     """Evaluate on the validation split, choose the fusion's lambda there, and log both."""
-    results = evaluate(
-        run.model,
-        features.backbone,
-        validation,
-        run.distributed,
-        k=min(run.config.evaluation.k, len(validation)),
-        store=features.store,
-        caption_store=features.caption_store,
-        dtype=run.dtype,
-    )
+    k = min(run.config.evaluation.k, len(validation))
+    results = features.evaluate(run.model, validation, run.distributed, k, run.dtype)
     chosen = choose_lambda(results)
     run.model.config = replace(run.model.config, fusion_lambda=chosen, fusion_split=run.config.data.val_split)
     run_log.evaluation(run.step, results.with_lambda(chosen))
 
 
-def _describe(run: Run, batches: TrainingBatches, features: Features) -> list[str]:
+def _describe(run: Run, batches: TrainingBatches, features: Features, objectives: Objectives) -> list[str]:
     """What is going to happen, for the first lines of the log."""
-    training, negatives = run.config.training, run.config.negatives
+    training = run.config.training
     trainable = sum(p.numel() for p in run.trainable)
-    frozen = sum(p.numel() for p in features.backbone.parameters()) if features.backbone else 0
-    source = (
-        f"patch tokens of {run.config.data.store}" if features.store else f"images, backbone {features.fingerprint}"
-    )
-    mined = f"{negatives.per_positive} a positive" if negatives.mode == "pairs" else f"groups of {negatives.group_size}"
     start = f"resumed at step {run.step}" if run.step else "from the start"
     return [
-        f"{trainable / 1e6:.1f}M trainable parameters, {frozen / 1e6:.1f}M frozen; {run.distributed.size} ranks on "
-        f"{run.distributed.device}; {len(batches.plan.dataset)} images, {len(batches.plan.dataset.captions)} captions",
-        f"{training.steps} steps of {training.batch_size} pairs; hard negatives: {mined}, from the {negatives.pool}; "
-        f"reads {source}; {start}",
+        f"{trainable / 1e6:.1f}M trainable parameters; {run.distributed.size} ranks on {run.distributed.device}; "
+        f"{len(batches.plan.dataset)} images, {len(batches.plan.dataset.captions)} captions",
+        f"{training.steps} steps of {training.batch_size} pairs; hard negatives: {objectives.negatives.describe()}; "
+        f"reads {features.describe()}; {start}",
     ]

@@ -25,45 +25,13 @@ from models.language.captions import CaptionIds, CaptionTokenizer
 
 from .altered_captions import CaptionAlterer, whole_words
 from .config import NegativesConfig, ObjectivesConfig
-from .distributed import gather, gather_captions, global_sum
-from .hard_negatives import HardNegatives, group_neighbours, mine_hard_negatives
-from .losses import (
-    PairLogits,
-    altered_captions_loss,
-    contrastive_loss,
-    distillation_loss,
-    group_distillation_loss,
-    group_itm_loss,
-    itm_loss,
-    similarities,
-    text_recovery_loss,
-)
+from .distributed import gather, global_sum
+from .features import StepInputs
+from .losses import altered_captions_loss, contrastive_loss, text_recovery_loss
+from .negatives import ChosenPairs, Scope, negatives_strategy
 
-MASK, NEGATIVES, ALTERED = range(100, 103)
+MASK, ALTERED = 100, 102
 """Purposes of random streams, apart from those of data.batches."""
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """A rank's b rows of one micro-batch, features and captions; row i is caption i with its image i."""
-
-    rows: Tensor
-    """[b] int64, row numbers counted through the run: seeds of the rows' random choices."""
-    patch_tokens: Tensor
-    """[b, P, Dv]"""
-    image_embeddings: Tensor
-    """[b, De] float32, normalised; so are text_embeddings."""
-    text_embeddings: Tensor
-    captions: CaptionIds
-    excluded: Tensor
-    """[B, B] bool over the rows of all ranks: caption i describes image j, so the pair is no negative."""
-    random_share: float
-    """Share of random negatives at this step of the curriculum."""
-    retriever_embeddings: tuple[Tensor, Tensor] | None = None
-    """Image and text embeddings of another retriever that negatives are mined by, [b, its width] each; None: by those
-    above."""
-    aligning: bool = False
-    """In the alignment stage, which leaves ITM, its negatives and distillation out."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +42,8 @@ class StepLosses:
     """Mean over this rank's rows, unweighted, by name of the objective."""
     total: Tensor
     """Their weighted sum, what is differentiated."""
-    stats: dict[str, float] = field(default_factory=dict)
-    """Numbers for the log."""
-
-
-@dataclass(frozen=True)
-class _Scope:
-    """The rows that negatives are taken from: those of all ranks, or this rank's own where groups came ready-made."""
-
-    tokens: Tensor
-    captions: CaptionIds
-    similarity: Tensor
-    """First-stage cosines, which a match logit may contain."""
-    mining: Tensor
-    """Similarities that negatives are mined by: the same, or another retriever's."""
-    excluded: Tensor
-    own: Tensor
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    """Numbers for the log: scalars on the device."""
 
 
 class Objectives:
@@ -103,19 +57,15 @@ class Objectives:
         distributed: DistributedContext,
         teacher: EDJE | None = None,
     ):
-        self.config, self.negatives, self.seed, self.distributed, self.teacher = (
-            config,
-            negatives,
-            seed,
-            distributed,
-            teacher,
-        )
+        self.config, self.seed, self.distributed, self.teacher = config, seed, distributed, teacher
+        self.negatives = negatives_strategy(negatives, seed, distributed)
         self._alter: CaptionAlterer | None = None
 
     def __call__(self, model: EDJE, inputs: StepInputs) -> StepLosses:
         """Every loss whose weight is not 0; in the alignment stage without ITM and distillation."""
         tokens = model.compress(inputs.patch_tokens)
-        losses, stats = {}, {}
+        losses: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
         if (self.config.itm or self.config.distillation) and not inputs.aligning:
             losses, stats = self._match_losses(model, inputs, tokens)
         if self.config.mlm:
@@ -133,77 +83,19 @@ class Objectives:
         total = sum(getattr(self.config, name) * loss for name, loss in losses.items())
         return StepLosses(losses, total, stats)
 
-    def _own_rows(self, inputs: StepInputs) -> Tensor:
-        count = len(inputs.rows)
-        return torch.arange(count, device=inputs.patch_tokens.device) + self.distributed.rank * count
-
-    def _scope(self, inputs: StepInputs, tokens: Tensor) -> _Scope:
-        own = self._own_rows(inputs)
-        if self.negatives.pool == "dataset":
-            similarity = similarities(inputs.text_embeddings, inputs.image_embeddings)
-            local = torch.arange(len(own), device=own.device)
-            return _Scope(tokens, inputs.captions, similarity, similarity, inputs.excluded[own][:, own], local)
-        texts, images = (gather(x, self.distributed) for x in (inputs.text_embeddings, inputs.image_embeddings))
-        similarity = mining = similarities(texts, images)
-        if inputs.retriever_embeddings is not None:
-            images, texts = (gather(x, self.distributed) for x in inputs.retriever_embeddings)
-            mining = similarities(texts, images)
-        captions = gather_captions(inputs.captions, self.distributed)
-        return _Scope(gather(tokens, self.distributed), captions, similarity, mining, inputs.excluded, own)
-
     def _match_losses(
         self, model: EDJE, inputs: StepInputs, tokens: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        scope = self._scope(inputs, tokens)
-        teacher_tokens = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        scope = self.negatives.scope(inputs, tokens)
+        pairs = self.negatives.choose(inputs, scope)
+        logits = _logits(model, scope, pairs, scope.tokens)
+        losses = {"itm": pairs.itm_loss(logits)}
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_tokens = self.teacher.compress(inputs.patch_tokens)
-                if self.negatives.pool == "batch":
-                    teacher_tokens = gather(teacher_tokens, self.distributed)
-        if self.negatives.mode == "groups":
-            return self._group_losses(model, inputs, scope, teacher_tokens)
-        return self._pair_losses(model, inputs, scope, teacher_tokens)
-
-    def _pair_losses(self, model: EDJE, inputs: StepInputs, scope: _Scope, teacher_tokens: Tensor | None):
-        config = self.negatives
-        draws = config.sampled or inputs.random_share > 0
-        mined = mine_hard_negatives(
-            scope.mining,
-            scope.excluded,
-            config.per_positive,
-            rows=scope.own,
-            random_share=inputs.random_share,
-            temperature=config.temperature if config.sampled else None,
-            streams=[random_stream(self.seed, NEGATIVES, int(row)) for row in inputs.rows] if draws else None,
-        )
-        logits = pair_logits(model, scope.captions, scope.tokens, scope.own, mined, scope.similarity)
-        losses = {"itm": itm_loss(logits, mined.images_valid, mined.captions_valid)}
-        if teacher_tokens is not None:
-            with torch.no_grad():
-                teacher = pair_logits(self.teacher, scope.captions, teacher_tokens, scope.own, mined, scope.similarity)
-            losses["distillation"] = distillation_loss(logits, teacher, mined.images_valid, mined.captions_valid)
-        return losses, _pair_stats(logits, mined, scope)
-
-    def _group_losses(self, model: EDJE, inputs: StepInputs, scope: _Scope, teacher_tokens: Tensor | None):
-        size = self.negatives.group_size
-        if self.negatives.pool == "dataset":
-            groups = scope.own.view(-1, size)  # the sampler laid the groups out in consecutive rows
-        else:
-            # Every rank forms the same groups of the global batch and takes its share of them.
-            number = int(inputs.rows[0]) // len(scope.excluded)
-            stream = random_stream(self.seed, NEGATIVES, number)
-            groups = group_neighbours(scope.mining, size, inputs.random_share, stream).to(scope.own.device)
-            share = len(groups) // self.distributed.size
-            groups = groups[self.distributed.rank * share : (self.distributed.rank + 1) * share]
-        excluded = scope.excluded[groups[:, :, None], groups[:, None, :]]
-        logits = group_logits(model, scope.captions, scope.tokens, groups, scope.similarity)
-        losses = {"itm": group_itm_loss(logits, excluded)}
-        if teacher_tokens is not None:
-            with torch.no_grad():
-                teacher = group_logits(self.teacher, scope.captions, teacher_tokens, groups, scope.similarity)
-            losses["distillation"] = group_distillation_loss(logits, teacher, excluded)
-        return losses, _group_stats(logits, excluded, groups, scope)
+                teacher_tokens = self.negatives.shared(self.teacher.compress(inputs.patch_tokens))
+                teacher_logits = _logits(self.teacher, scope, pairs, teacher_tokens)
+            losses["distillation"] = pairs.distillation_loss(logits, teacher_logits)
+        return losses, pairs.stats(logits, scope)
 
     def _mlm(self, model: EDJE, inputs: StepInputs, tokens: Tensor) -> Tensor:
         captions = inputs.captions.truncate(model.max_joint_pieces)
@@ -246,7 +138,7 @@ class Objectives:
             text_cls,
             gather(image_cls, self.distributed),
             gather(text_cls, self.distributed),
-            self._own_rows(inputs),
+            self.negatives.own_rows(inputs),
             inputs.excluded,
             model.itc_logit_scale.exp().clamp(max=100),
         )
@@ -275,51 +167,7 @@ def _words_of_one_group(
     return members[chosen[caption_of], torch.arange(len(captions.ids), device=device)]
 
 
-def pair_logits(
-    model: EDJE, captions: CaptionIds, tokens: Tensor, own: Tensor, mined: HardNegatives, similarity: Tensor
-) -> PairLogits:
-    """Logits of the positives of rows `own` [b] and of their mined negatives, as one batch of b * (1 + 2h) pairs."""
-    b, h = mined.images.shape
-    anchors = own[:, None].expand(b, h)
-    caption_index = torch.cat([own, anchors.flatten(), mined.captions.flatten()])
-    image_index = torch.cat([own, mined.images.flatten(), anchors.flatten()])
-    logits = model.match_logits(captions, tokens, caption_index, image_index, similarity[caption_index, image_index])
-    positive, negative_images, negative_captions = logits.split([b, b * h, b * h])
-    return PairLogits(positive, negative_images.view(b, h), negative_captions.view(b, h))
-
-
-def group_logits(model: EDJE, captions: CaptionIds, tokens: Tensor, groups: Tensor, similarity: Tensor) -> Tensor:
-    """[G, g] rows -> [G, g, g] logits of every caption (row) with every image (column) of its group."""
-    shape = (*groups.shape, groups.shape[1])
-    caption_index = groups[:, :, None].expand(shape).flatten()
-    image_index = groups[:, None, :].expand(shape).flatten()
-    logits = model.match_logits(captions, tokens, caption_index, image_index, similarity[caption_index, image_index])
-    return logits.view(shape)
-
-
-@torch.no_grad()
-def _pair_stats(logits: PairLogits, mined: HardNegatives, scope: _Scope) -> dict[str, float]:
-    images = logits.negative_images.masked_fill(~mined.images_valid, -torch.inf).amax(1)
-    captions = logits.negative_captions.masked_fill(~mined.captions_valid, -torch.inf).amax(1)
-    right = torch.cat([logits.positive > images, logits.positive > captions])
-    return {
-        "itm_accuracy": right.float().mean().item(),
-        "positive_similarity": scope.similarity[scope.own, scope.own].mean().item(),
-        "negative_similarity": scope.similarity[scope.own[:, None], mined.images].mean().item(),
-        "negatives_missing": float((~mined.images_valid).sum() + (~mined.captions_valid).sum()),
-    }
-
-
-@torch.no_grad()
-def _group_stats(logits: Tensor, excluded: Tensor, groups: Tensor, scope: _Scope) -> dict[str, float]:
-    positive = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    masked = logits.masked_fill(excluded & ~positive, -torch.inf)
-    diagonal = torch.arange(logits.shape[-1], device=logits.device)
-    right = torch.stack([masked.argmax(2) == diagonal, masked.argmax(1) == diagonal])
-    similarity = scope.similarity[groups[:, :, None], groups[:, None, :]]
-    return {
-        "itm_accuracy": right.float().mean().item(),
-        "positive_similarity": similarity[:, positive].mean().item(),
-        "negative_similarity": similarity[~excluded & ~positive].mean().item(),
-        "negatives_missing": float((excluded & ~positive).sum()),
-    }
+def _logits(model: EDJE, scope: Scope, pairs: ChosenPairs, tokens: Tensor) -> Tensor:
+    """[Q] float32: the model's logits of the chosen pairs, on its own vision tokens of the scope's rows."""
+    captions, images = pairs.caption_index, pairs.image_index
+    return model.match_logits(scope.captions, tokens, captions, images, scope.similarity[captions, images])

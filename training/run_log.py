@@ -39,8 +39,8 @@ class RunLog:
         self.steps, self.learning_rate, self.waited = self.steps + 1, rate, seconds_waited
         self.values["grad_norm"].append(norm)
         for result in micro_batches:
-            for name, value in ({name: loss.item() for name, loss in result.losses.items()} | result.stats).items():
-                self.values[name].append(value)
+            for name, value in (result.losses | result.stats).items():
+                self.values[name].append(value.item())
 
     def write(self, step: int, batch_size: int) -> str:
         """A line of metrics since the last one; returns a short form for the progress bar."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,65 +17,24 @@ import torch
 from data.batches import BatchPlan, TrainingBatches
 from data.caption_datasets import CaptionDataset, load_annotations, read_field
 from data.json_documents import is_list
-from data.neighbours import CaptionKeys, nearest_images
+from data.neighbours import CaptionKeys
 from data.webdataset_shards import load_shards
-from models.config import BackboneDims, EDJEConfig
+from models.config import EDJEConfig, EncoderConfig
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
 from models.language.captions import CaptionTokenizer, build_vocabulary
 from models.language.pretrained import read_bert_config
-from models.precision import dtype_name
 from models.state_dicts import load_state
-from models.stores.token_store import TokenStore
 
 from .config import NegativesConfig, RunConfig
+from .features import Embeddings, Features
+from .negatives import negatives_strategy
 
 if TYPE_CHECKING:
-    from models.vision.backbones import Backbone
+    pass
 
 log = logging.getLogger("edje")
-
-
-@dataclass(frozen=True)
-class Features:
-    """Where patch tokens and embeddings come from: stores, or a backbone that runs on images."""
-
-    dims: BackboneDims
-    fingerprint: str
-    backbone: Backbone | None = None
-    store: TokenStore | None = None
-    caption_store: TokenStore | None = None
-    retriever: tuple[TokenStore, TokenStore] | None = None
-    """Stores of another model's image and caption embeddings, by which negatives are mined; None: by the backbone's."""
-
-
-def open_features(config: RunConfig, distributed: DistributedContext, dtype: torch.dtype) -> Features:
-    """Open the run's stores, or load its backbone where there are none (with stores no backbone is loaded at all).
-
-    dtype: of the backbone's matrix products."""
-    features = _open_own_features(config, distributed, dtype)
-    if not config.negatives.store:
-        return features
-    retriever = TokenStore.open(config.negatives.store), TokenStore.open(config.negatives.caption_store)
-    retriever[1].check(backbone=retriever[0].manifest.backbone)
-    return replace(features, retriever=retriever)
-
-
-def _open_own_features(config: RunConfig, distributed: DistributedContext, dtype: torch.dtype) -> Features:
-    if not config.data.store:
-        from models.vision.backbones import Backbone  # open_clip takes seconds to import
-
-        backbone = Backbone.load(config.backbone, distributed.device, dtype_name(dtype))
-        return Features(backbone.dims, backbone.fingerprint, backbone=backbone)
-    store, captions = TokenStore.open(config.data.store), TokenStore.open(config.data.caption_store)
-    if store.manifest.adapter:
-        raise UserError(f"{config.data.store}: holds compressed tokens; training reads patch tokens; precompute those")
-    captions.check(backbone=store.manifest.backbone)
-    dims = BackboneDims(
-        num_patches=store.tokens_per_item, patch_width=store.width, embedding_width=store.embedding_width
-    )
-    return Features(dims, store.manifest.backbone, store=store, caption_store=captions)
 
 
 def load_training_split(config: RunConfig, distributed: DistributedContext) -> CaptionDataset:
@@ -138,7 +97,7 @@ def build_model(
     return model
 
 
-def _model_config(config: RunConfig, features: Features, encoder) -> EDJEConfig:
+def _model_config(config: RunConfig, features: Features, encoder: EncoderConfig) -> EDJEConfig:
     backbone = config.backbone
     return EDJEConfig(
         backbone=replace(
@@ -191,11 +150,13 @@ def _from_checkpoint(config: RunConfig, features: Features) -> EDJE:
         attention_dropout=config.model.encoder.attention_dropout,
     )
     model = EDJE(replace(model_config, encoder=encoder), source.tokenizer)
-    anew = () if config.model.init_adapter else ("adapter.",)
+    fresh: list[str] = []
+    if not config.model.init_adapter:
+        fresh.append("adapter.")
     if not source.config.residual_similarity:
-        anew += ("similarity_log_weight",)
+        fresh.append("similarity_log_weight")
     loaded = source.state_dict()
-    state = {name: own if name.startswith(anew) else loaded[name] for name, own in model.state_dict().items()}
+    state = {name: own if name.startswith(tuple(fresh)) else loaded[name] for name, own in model.state_dict().items()}
     load_state(model, state, where=config.model.init_from)
     return model
 
@@ -227,41 +188,38 @@ def load_teacher(config: RunConfig, features: Features, model: EDJE, distributed
 
 
 def build_batches(
-    config: RunConfig, features: Features, dataset: CaptionDataset, keys: CaptionKeys, distributed: DistributedContext
+    config: RunConfig,
+    features: Features,
+    retriever: Embeddings | None,
+    dataset: CaptionDataset,
+    keys: CaptionKeys,
+    distributed: DistributedContext,
 ) -> TrainingBatches:
     """The run's batches: this rank's share of each global micro-batch."""
-    negatives, accumulation = config.negatives, config.training.accumulation
+    accumulation = config.training.accumulation
+    strategy = negatives_strategy(config.negatives, config.seed, distributed)
+    embeddings = retriever or features.embeddings
     neighbours = None
-    if negatives.pool == "dataset":
-        labels = _field_of_images(config, dataset) if negatives.within else None
-        images, captions = features.retriever or (features.store, features.caption_store)
-        neighbours = nearest_images(
-            keys,
-            dataset,
-            images.gather_embeddings(dataset.image_ids),
-            captions.gather_embeddings(dataset.captions),
-            negatives.neighbours,
-            labels,
-        )
+    if embeddings is not None:
+        neighbours = strategy.neighbours(keys, dataset, embeddings, partial(_field_of_images, config, dataset))
     plan = BatchPlan(
         dataset,
         config.training.batch_size // accumulation,
         config.seed,
         neighbours,
-        negatives.group_size,
-        partial(_random_share, negatives, accumulation),
+        strategy.laid_out_group_size,
+        partial(_random_share, config.negatives, accumulation),
     )
-    preprocess = features.backbone.preprocess if features.backbone else None
-    return TrainingBatches(plan, distributed.rank, distributed.size, preprocess, features.store, features.caption_store)
+    return TrainingBatches(plan, features.rows(dataset), distributed.rank, distributed.size)
 
 
 def _random_share(negatives: NegativesConfig, accumulation: int, number: int) -> float:
     return negatives.random_share(number // accumulation)
 
 
-def _field_of_images(config: RunConfig, dataset: CaptionDataset) -> list[str | None]:
-    """The field that negatives.within names, for each image."""
-    files, field = config.data.annotation_files, config.negatives.within
+def _field_of_images(config: RunConfig, dataset: CaptionDataset, field: str) -> list[str | None]:
+    """An annotation field that negatives.within names, for each image."""
+    files = config.data.annotation_files
     of_files = zip(*(read_field(file, dataset, field) for file in files), strict=True)
     labels = [next((label for label in of_image if label is not None), None) for of_image in of_files]
     if not any(labels):

@@ -15,8 +15,8 @@ from models.language.captions import CaptionTokenizer
 
 from .config import RunConfig
 from .distributed import gather
-from .objectives import StepInputs
-from .setup import Features
+from .features import Embeddings, Features, StepInputs
+from .negatives import negatives_strategy
 
 
 class StepReader:
@@ -28,17 +28,15 @@ class StepReader:
         tokenizer: CaptionTokenizer,
         batches: TrainingBatches,
         features: Features,
+        retriever: Embeddings | None,
         keys: CaptionKeys,
         distributed: DistributedContext,
         first_step: int = 0,
     ):
         self.config, self.tokenizer, self.distributed = config, tokenizer, distributed
         self.batches, self.features, self.keys = batches, features, keys
-        # With groups from the data set, mining was done when they were laid out.
-        self.retriever = features.retriever if config.negatives.pool == "batch" else None
-        if self.retriever is not None:
-            dataset = batches.plan.dataset
-            self.retriever_rows = self.retriever[0].rows(dataset.image_ids), self.retriever[1].rows(dataset.captions)
+        strategy = negatives_strategy(config.negatives, config.seed, distributed)
+        self.retriever = retriever if strategy.mines_in_the_batch else None
         self.accumulation = config.training.accumulation
         first, last = first_step * self.accumulation, config.training.steps * self.accumulation
         self.stream: Iterator[Batch] = batches.read(first, last, config.data.num_workers)
@@ -55,7 +53,7 @@ class StepReader:
         self._count_unreadable(batch)
         device, distributed = self.distributed.device, self.distributed
         raw = [self.batches.plan.dataset.captions[c] for c in batch.captions]
-        patches, images, texts = self._features(batch, raw)
+        encoded = self.features.encode(batch, raw)
         captions, image_numbers = (
             gather(batch.captions.to(device), distributed),
             gather(batch.images.to(device), distributed),
@@ -63,9 +61,9 @@ class StepReader:
         step = batch.number // self.accumulation
         return StepInputs(
             rows=batch.rows,
-            patch_tokens=patches.to(device),
-            image_embeddings=images.to(device),
-            text_embeddings=texts.to(device),
+            patch_tokens=encoded.patch_tokens.to(device),
+            image_embeddings=encoded.image_embeddings.to(device),
+            text_embeddings=encoded.text_embeddings.to(device),
             retriever_embeddings=self._retriever_embeddings(batch),
             captions=self.tokenizer(raw).to(device),
             excluded=self.keys.true_pairs(captions.cpu(), image_numbers.cpu()).to(device),
@@ -73,21 +71,13 @@ class StepReader:
             aligning=step < self.config.objectives.align_steps,
         )
 
-    def _features(self, batch: Batch, raw: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Patch tokens, image and text embeddings: stored ones, or one backbone pass that gives both of an image."""
-        if batch.pixels is None:
-            return batch.patch_tokens, batch.image_embeddings, batch.text_embeddings
-        backbone = self.features.backbone
-        images = backbone.encode_images(batch.pixels.to(backbone.device))
-        return images.patch_tokens, images.embedding, backbone.encode_texts(raw)
-
     def _retriever_embeddings(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         if self.retriever is None:
             return None
-        numbers = zip(self.retriever, self.retriever_rows, (batch.images, batch.captions), strict=True)
-        return tuple(
-            store.gather_embedding_rows(rows[n.numpy()]).to(self.distributed.device) for store, rows, n in numbers
-        )
+        dataset, device = self.batches.plan.dataset, self.distributed.device
+        images = self.retriever.of_images([dataset.image_ids[i] for i in batch.images.tolist()])
+        captions = self.retriever.of_captions([dataset.captions[c] for c in batch.captions.tolist()])
+        return images.to(device), captions.to(device)
 
     def _count_unreadable(self, batch: Batch) -> None:
         self.images_read += len(batch.rows)

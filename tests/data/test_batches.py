@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import BatchPlan, TrainingBatches
+from data.batches import BatchPlan, ImageRows, StoredRows, TrainingBatches
 from data.caption_datasets import load_annotations
 from models.errors import UserError
 from models.stores.token_store import TokenStore
@@ -24,7 +24,7 @@ def share(value: float, number: int) -> float:
 def join(batches):
     return {
         name: torch.cat([getattr(batch, name) for batch in batches])
-        for name in ("rows", "images", "captions", "pixels")
+        for name in ("rows", "images", "captions", "content")
     }
 
 
@@ -50,20 +50,20 @@ def test_captions_belong_to_their_images_and_vary(dataset):
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_the_ranks_together_read_the_batch_of_one_process(dataset, backbone, num_ranks):
     plan = BatchPlan(dataset, batch_size=8, seed=1)
-    whole = join([TrainingBatches(plan, preprocess=backbone.preprocess)[5]])
-    parts = join([TrainingBatches(plan, r, num_ranks, backbone.preprocess)[5] for r in range(num_ranks)])
+    whole = join([TrainingBatches(plan, ImageRows(backbone.preprocess))[5]])
+    parts = join([TrainingBatches(plan, ImageRows(backbone.preprocess), r, num_ranks)[5] for r in range(num_ranks)])
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_reading_ahead_with_workers_changes_nothing(dataset, backbone):
-    batches = TrainingBatches(BatchPlan(dataset, batch_size=4, seed=1), preprocess=backbone.preprocess)
+    batches = TrainingBatches(BatchPlan(dataset, batch_size=4, seed=1), ImageRows(backbone.preprocess))
     for plain, ahead in zip(batches.read(2, 5, 0), batches.read(2, 5, 2), strict=True):
-        assert plain.number == ahead.number and torch.equal(plain.pixels, ahead.pixels)
+        assert plain.number == ahead.number and torch.equal(plain.content, ahead.content)
 
 
-def test_ranks_that_do_not_divide_the_batch_are_refused(dataset):
+def test_ranks_that_do_not_divide_the_batch_are_refused(dataset, backbone):
     with pytest.raises(UserError, match="8 rows, which 3 ranks"):
-        TrainingBatches(BatchPlan(dataset, batch_size=8, seed=1), 0, 3)
+        TrainingBatches(BatchPlan(dataset, batch_size=8, seed=1), ImageRows(backbone.preprocess), 0, 3)
 
 
 def test_groups_hold_neighbours_of_their_anchor_and_no_image_twice(dataset):
@@ -92,20 +92,20 @@ def test_an_unreadable_image_is_replaced_named_and_replaced_alike_on_any_number_
     plan = BatchPlan(broken, batch_size=8, seed=1)
     victim = int(plan.images(0)[6])
     broken.path(victim).write_bytes(broken.path(victim).read_bytes()[:60])
-    whole = TrainingBatches(plan, preprocess=backbone.preprocess)[0]
+    whole = TrainingBatches(plan, ImageRows(backbone.preprocess))[0]
     assert len(whole.unreadable) == 1 and broken.image_ids[victim] in whole.unreadable[0]
     assert victim not in whole.images and (torch.from_numpy(plan.images(0)) == whole.images).sum() == 7
     assert broken.caption_image[whole.captions[6]] == whole.images[6]
-    second = TrainingBatches(plan, 1, 2, backbone.preprocess)[0]
-    assert torch.equal(second.pixels, whole.pixels[4:])
+    second = TrainingBatches(plan, ImageRows(backbone.preprocess), 1, 2)[0]
+    assert torch.equal(second.content, whole.content[4:])
 
 
 def test_a_store_gives_the_features_of_the_images(dataset, backbone, stores):
     plan = BatchPlan(dataset, batch_size=8, seed=1)
     tokens, captions = (TokenStore.open(path) for path in stores)
-    stored = TrainingBatches(plan, store=tokens, caption_store=captions)[3]
-    images = TrainingBatches(plan, preprocess=backbone.preprocess)[3]
-    features = backbone.encode_images(images.pixels)
+    stored = TrainingBatches(plan, StoredRows(dataset, tokens, captions))[3].content
+    images = TrainingBatches(plan, ImageRows(backbone.preprocess))[3]
+    features = backbone.encode_images(images.content)
     torch.testing.assert_close(stored.patch_tokens, features.patch_tokens.half())
     torch.testing.assert_close(stored.image_embeddings, features.embedding)
     raw = [dataset.captions[c] for c in images.captions]

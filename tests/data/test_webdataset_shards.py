@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import webdataset_shards
-from data.batches import BatchPlan, TrainingBatches
+from data.batches import BatchPlan, ImageRows, TrainingBatches
 from data.webdataset_shards import SHARDS_AT_A_TIME, find_shards, load_shards
 from models.errors import UserError
 from models.vision.images import ImageError, open_image
@@ -80,12 +80,12 @@ def test_an_epoch_holds_every_image_once_and_few_shards_at_a_time(dataset):
 
 def test_reading_resumes_in_the_middle_of_an_epoch_on_any_number_of_ranks_and_workers(dataset):
     plan = BatchPlan(dataset, batch_size=6, seed=3)
-    whole = list(TrainingBatches(plan, preprocess=pixels).read(0, 10, 0))
-    for number, batch in enumerate(TrainingBatches(plan, preprocess=pixels).read(4, 10, 2), 4):
-        assert torch.equal(batch.pixels, whole[number].pixels) and torch.equal(batch.captions, whole[number].captions)
+    whole = list(TrainingBatches(plan, ImageRows(pixels)).read(0, 10, 0))
+    for number, batch in enumerate(TrainingBatches(plan, ImageRows(pixels)).read(4, 10, 2), 4):
+        assert torch.equal(batch.content, whole[number].content) and torch.equal(batch.captions, whole[number].captions)
     for number in (0, 7):
-        parts = [TrainingBatches(plan, rank, 3, pixels)[number] for rank in range(3)]
-        assert torch.equal(torch.cat([part.pixels for part in parts]), whole[number].pixels)
+        parts = [TrainingBatches(plan, ImageRows(pixels), rank, 3)[number] for rank in range(3)]
+        assert torch.equal(torch.cat([part.content for part in parts]), whole[number].content)
     read = torch.cat([batch.images for batch in whole])[: len(dataset)]
     assert sorted(read.tolist()) == list(range(len(dataset)))
     assert all(torch.equal(batch.images, batch.captions) for batch in whole)
@@ -98,7 +98,7 @@ def test_an_unreadable_image_is_replaced_and_named_by_shard_and_member(tmp_path)
     dataset = load_shards("a.tar", tmp_path, tmp_path / "cache")
     with pytest.raises(ImageError, match=r"a.tar: member 000000002.jpg: image cannot be decoded"):
         dataset.open_image(2)
-    batch = TrainingBatches(BatchPlan(dataset, batch_size=6, seed=1), preprocess=pixels)[0]
+    batch = TrainingBatches(BatchPlan(dataset, batch_size=6, seed=1), ImageRows(pixels))[0]
     (line,) = set(batch.unreadable)
     assert "000000002.jpg" in line and 2 not in batch.images
 

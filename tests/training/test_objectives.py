@@ -18,6 +18,7 @@ from models.errors import UserError
 from models.language.captions import CaptionTokenizer, build_vocabulary
 from training.altered_captions import CaptionAlterer
 from training.config import NegativesConfig, ObjectivesConfig
+from training.features import StepInputs
 from training.losses import (
     PairLogits,
     contrastive_loss,
@@ -28,7 +29,7 @@ from training.losses import (
     text_recovery_loss,
 )
 from training.objectives import ALTERED as ALTERED_STREAM
-from training.objectives import Objectives, StepInputs
+from training.objectives import Objectives
 
 CAPTIONS = ["a red ball", "two dogs on a couch", "a red ball left of a cube", "a cat", "a blue cube", "one dog"]
 

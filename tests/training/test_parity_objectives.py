@@ -19,9 +19,11 @@ from models.checkpoints.published import our_name
 from models.distributed import DistributedContext
 from tests.parity.published_case import CASES, PARITY, PublishedCase, assert_close
 from training.config import NegativesConfig, ObjectivesConfig
+from training.features import StepInputs
 from training.hard_negatives import HardNegatives, mine_hard_negatives
 from training.losses import PairLogits, distillation_loss, itm_loss, similarities, text_recovery_loss
-from training.objectives import Objectives, StepInputs, pair_logits
+from training.negatives import MinedPairs
+from training.objectives import Objectives
 
 LOSSES = ("itm", "mlm", "recovery", "distil")
 
@@ -59,7 +61,8 @@ def origins_pairs(case: PublishedCase) -> HardNegatives:
 def logits_of(case: PublishedCase, mined: HardNegatives) -> PairLogits:
     tokens = case.model.compress(case.inputs["patch_tokens"])
     captions, own = case.model.tokenizer(case.raw_captions), torch.arange(len(tokens))
-    return pair_logits(case.model, captions, tokens, own, mined, similarity_of(case))
+    pairs = MinedPairs.of(mined, own)
+    return pairs.split(case.model.match_logits(captions, tokens, pairs.caption_index, pairs.image_index))
 
 
 def teacher_of(case: PublishedCase) -> PairLogits:
@@ -179,7 +182,8 @@ def test_the_local_case_is_the_teacher_of_tiny_m4():
     mined = origins_pairs(student)
     tokens = teacher.model.compress(student.inputs["patch_tokens"])
     captions, own = teacher.model.tokenizer(student.raw_captions), torch.arange(len(tokens))
-    logits = pair_logits(teacher.model, captions, tokens, own, mined, similarity_of(student))
+    pairs = MinedPairs.of(mined, own)
+    logits = pairs.split(teacher.model.match_logits(captions, tokens, pairs.caption_index, pairs.image_index))
     for ours, theirs in zip(vars(logits).values(), vars(teacher_of(student)).values(), strict=True):
         assert_close(ours, theirs)
 

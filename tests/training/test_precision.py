@@ -17,12 +17,12 @@ ONE_RANK = """
 import json, os, sys
 from pathlib import Path
 import torch
-import train, training.loop
+import train, training.features, training.loop
 
 with_bfloat16, out = sys.argv.pop(1), Path(sys.argv.pop(1))
 torch.cpu._is_avx512_bf16_supported = lambda: os.environ["RANK"] == with_bfloat16
-evaluate, autocast, used = training.loop.evaluate, training.loop._autocast, set()
-training.loop.evaluate = lambda *a, **o: used.add(f"validation {o.get('dtype')}") or evaluate(*a, **o)
+evaluate, autocast, used = training.features.evaluate, training.loop._autocast, set()
+training.features.evaluate = lambda *a, **o: used.add(f"validation {o.get('dtype')}") or evaluate(*a, **o)
 training.loop._autocast = lambda run: used.add(f"training {run.dtype}") or autocast(run)
 train.main()
 (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(sorted(used)))
