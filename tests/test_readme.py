@@ -1,10 +1,13 @@
 """Commands in README, docs, configs' headers and docstrings cannot rot: files exist, options and keys are taken."""
 
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from data.scenes.__main__ import main as write_scenes
 from training.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -16,6 +19,9 @@ SOURCES = [
     ROOT / "train.py",
 ]
 COMMAND = re.compile(r"(?:python|torchrun(?: --nproc_per_node=\d+)?) ((?:-m data\.scenes|[\w/]+\.py)\b[^\n`]*)")
+
+FIGURE = re.compile(r"-?\d+\.\d+$", re.M)
+"""A score at the end of a line that the quick start prints."""
 
 
 def commands():
@@ -65,3 +71,31 @@ def test_files_that_the_readme_names_exist():
     assert len(named) > 10
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+def test_the_quick_start_prints_what_the_readme_shows(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text()
+    command = re.search(r"^python -m data\.scenes (.+)$", text, re.M).group(1)
+    code, shown = re.search(r"\[start:quickstart\] -->\n```python\n(.+?)```\n```\n(.+?)```", text, re.S).groups()
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(ROOT / "configs")
+    monkeypatch.setattr("sys.argv", ["data.scenes", *shlex.split(command)])
+    write_scenes()
+    capsys.readouterr()
+    exec(code, {})
+    printed = capsys.readouterr().out
+    assert FIGURE.sub("#", printed) == FIGURE.sub("#", shown)
+    # A CPU with bfloat16 computes in it; the README shows float32.
+    scores, expected = ([float(score) for score in FIGURE.findall(output)] for output in (printed, shown))
+    assert len(expected) == 3 and scores == pytest.approx(expected, abs=0.25)
+
+
+def test_the_site_has_every_page_and_its_api_names_exist():
+    nav = re.findall(r"^ +- [^:\n]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert sorted(nav) == sorted(pages)
+    names = [name for page in pages for name in re.findall(r"^::: (\S+)$", (ROOT / "docs" / page).read_text(), re.M)]
+    assert len(names) >= 5
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
