@@ -22,7 +22,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if _is_saved(f)}
         return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
     return plain(config)
@@ -44,7 +44,7 @@ def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
         problems.append(f"'{prefix.rstrip('.') or 'the file'}' is {data!r}; expected a mapping of keys to values")
         return None
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls) if _is_saved(f)}
     problems += [
         unknown_key(prefix + str(key), [prefix + name for name in fields]) for key in data if key not in fields
     ]
@@ -61,6 +61,11 @@ def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
     except UserError as error:
         problems.append(str(error))
         return None
+
+
+def _is_saved(field: dataclasses.Field) -> bool:
+    """Whether files hold the field: not what is only known of how a configuration came about."""
+    return field.metadata.get("saved", True)
 
 
 def _is_required(field: dataclasses.Field) -> bool:

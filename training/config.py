@@ -8,7 +8,8 @@ its file and the nearest valid key. Sizes are global: a file means the same on 1
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,16 @@ class ModelConfig:
     """BERT weights to start from: Hugging Face name, directory, or package:NAME/FOLDER of a pip package. Published:
     microsoft/MiniLM-L12-H384-uncased. Empty: `encoder` sizes, random weights, a vocabulary of the training captions."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    """Sizes of an encoder from scratch; of pretrained weights only the dropout rates are taken from here."""
+    """Sizes of an encoder from scratch. Pretrained weights and checkpoints bring their own: a size that is given and
+    differs is an error. Dropout rates are always taken from here, and position tables grow to what is given."""
     init_from: str = ""
-    """EDJE checkpoint to start from (fine-tuning, or a compressed model from a local one)."""
+    """EDJE checkpoint to start from (fine-tuning, or a compressed model from a local one). encoder_weights is then not
+    read."""
     init_adapter: bool = True
-    """With init_from: take its adapter too. False where the adapter is another one, e.g. compressed from local."""
+    """With init_from: take its adapter too; settings of model.adapter that are given and differ are an error. False
+    where the adapter is another one, e.g. compressed from local."""
     max_caption_tokens: int = 64
-    """Tokens of a joint input beside the vision tokens. Published: 64."""
+    """Tokens of a joint input beside the vision tokens. Published: 64. A checkpoint keeps its own."""
     residual_similarity: float = 0.0
     """match logit = w * first-stage cosine + head, the head starting at zero and w at this value (the embedder's logit
     scale, e.g. 100 for CLIP): training starts at the embedding's ranking. 0, the paper's: the head alone. Worth it only
@@ -73,7 +77,7 @@ class DataConfig:
     max_unreadable: float = 0.01
     """Share of unreadable images in what was read so far at which a run stops; below it they are skipped and listed."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if bool(self.store) != bool(self.caption_store):
             raise UserError("data.store and data.caption_store go together; set both or neither")
         if self.shards and (self.annotations or self.store):
@@ -121,7 +125,7 @@ class NegativesConfig:
     random_steps: int = 0
     """Steps over which the share goes from start to end, linearly. 0: random_end from the first step."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode not in ("pairs", "groups"):
             raise UserError(f"negatives.mode is {self.mode!r}; expected 'pairs' or 'groups'")
         if self.pool not in ("batch", "dataset"):
@@ -169,7 +173,7 @@ class ObjectivesConfig:
     teacher: str = ""
     """Checkpoint of the local model whose logits are distilled; goes with a distillation weight above 0."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.align_steps and not (self.itc or self.mlm or self.text_recovery or self.altered_captions):
             raise UserError(
                 f"objectives.align_steps is {self.align_steps}, but itc, mlm, text_recovery and altered_captions are "
@@ -224,7 +228,7 @@ class TrainingConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         allowed = {
             "decay": ("cosine", "exponential"),
             "precision": ("auto", "float32", "bfloat16"),
@@ -266,8 +270,10 @@ class RunConfig:
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    given: frozenset[str] = field(default=frozenset(), compare=False, metadata={"saved": False})
+    """Keys such as `model.adapter.num_tokens` that a file, its `base:` or the command line set, and no default did."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         micro_batch = self.training.batch_size // self.training.accumulation
         if self.negatives.mode == "groups" and micro_batch % self.negatives.group_size:
             raise UserError(
@@ -286,14 +292,22 @@ class RunConfig:
             )
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, what it inherits through `base:`, and `key.path=value` overrides; validate the whole.
 
     Raises UserError naming the file and the key."""
     data = _read_with_base(Path(path), seen=())
     for override in overrides:
         _apply_override(data, override)
-    return from_dict(RunConfig, data, where=str(path))
+    return replace(from_dict(RunConfig, data, where=str(path)), given=frozenset(_leaf_keys(data)))
+
+
+def _leaf_keys(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaf_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -160,7 +160,7 @@ def train(
     Path(config.output).mkdir(parents=True, exist_ok=True)
     run_log = RunLog(Path(config.output), run.step, distributed)
     if distributed.is_main:
-        save_config(config, Path(config.output) / "config.yaml")
+        save_config(_as_built(config, run.model), Path(config.output) / "config.yaml")
         run_log.announce(_describe(run, batches, features, objectives))
     reader = StepReader(config, run.model.tokenizer, batches, features, retriever, keys, distributed, run.step)
     steps_per_epoch = len(batches.plan.dataset) / training.batch_size
@@ -180,6 +180,13 @@ def train(
             if run.step % training.checkpoint_every == 0 or is_last:
                 run.save()
     run_log.close(list(run.unreadable))
+
+
+def _as_built(config: RunConfig, model: EDJE) -> RunConfig:
+    """The configuration with the sizes of the model itself, where weights brought their own."""
+    built = model.config
+    sizes = {"adapter": built.adapter, "encoder": built.encoder, "max_caption_tokens": built.max_caption_tokens}
+    return replace(config, model=replace(config.model, **sizes))
 
 
 def optimizer_step(

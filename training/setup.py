@@ -6,9 +6,11 @@ Letters: P patch tokens, Dv patch width, De embedding width.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,8 +80,10 @@ def build_model(
     weights = config.model.encoder_weights
     if weights:
         tokenizer = CaptionTokenizer.from_pretrained(weights)
+        brought = read_bert_config(weights)
+        refuse_contradictions(config, {"model.encoder": brought}, weights)
         encoder = replace(
-            read_bert_config(weights),
+            brought,
             hidden_dropout=config.model.encoder.hidden_dropout,
             attention_dropout=config.model.encoder.attention_dropout,
         )
@@ -88,7 +92,7 @@ def build_model(
         encoder = replace(config.model.encoder, vocab_size=tokenizer.vocab_size)
     model_config = _model_config(config, features, encoder)
     longest = model_config.max_caption_tokens + model_config.num_vision_tokens
-    encoder = replace(encoder, max_positions=max(encoder.max_positions, longest))
+    encoder = replace(encoder, max_positions=max(encoder.max_positions, longest, _given_positions(config)))
     model = EDJE(replace(model_config, encoder=encoder), tokenizer)
     if weights:
         missing = model.encoder.load_bert(weights)
@@ -132,6 +136,10 @@ def _from_checkpoint(config: RunConfig, features: Features) -> EDJE:
     """All weights of a checkpoint, or all but its adapter; positions grow where the new adapter has more tokens."""
     source = EDJE.from_pretrained(config.model.init_from)
     check_backbone(source.config, features, config.model.init_from)
+    brought: dict[str, object] = {"model.encoder": source.config.encoder, "model": source.config}
+    if config.model.init_adapter:
+        brought["model.adapter"] = source.config.adapter
+    refuse_contradictions(config, brought, config.model.init_from)
     adapter = source.config.adapter if config.model.init_adapter else config.model.adapter
     named = _model_config(config, features, source.config.encoder)
     model_config = replace(
@@ -143,7 +151,8 @@ def _from_checkpoint(config: RunConfig, features: Features) -> EDJE:
         fusion_lambda=None,
         fusion_split="",
     )
-    source.encoder.extend_positions(model_config.max_caption_tokens + model_config.num_vision_tokens)
+    rows = max(model_config.max_caption_tokens + model_config.num_vision_tokens, _given_positions(config))
+    source.encoder.extend_positions(rows)
     encoder = replace(
         source.encoder.config,
         hidden_dropout=config.model.encoder.hidden_dropout,
@@ -159,6 +168,34 @@ def _from_checkpoint(config: RunConfig, features: Features) -> EDJE:
     state = {name: own if name.startswith(tuple(fresh)) else loaded[name] for name, own in model.state_dict().items()}
     load_state(model, state, where=config.model.init_from)
     return model
+
+
+_OF_TRAINING = {"model.encoder.hidden_dropout", "model.encoder.attention_dropout", "model.encoder.max_positions"}
+"""Encoder settings that hold for a run whatever its weights bring: a position table may be lengthened."""
+_OF_CHECKPOINT = {"model.max_caption_tokens"}
+"""Settings of `model` itself that a checkpoint keeps."""
+
+
+def refuse_contradictions(config: RunConfig, brought: Mapping[str, object], where: str) -> None:
+    """Raise UserError naming every key that was given and differs from what the weights of `where` were made with.
+
+    brought: the weights' own configurations, by the section of the run's configuration that they overrule."""
+    problems = []
+    for key in sorted(config.given - _OF_TRAINING):
+        section, _, name = key.rpartition(".")
+        if section not in brought or (section == "model" and key not in _OF_CHECKPOINT):
+            continue
+        theirs = getattr(brought[section], name)
+        ours = attrgetter(key)(config)
+        if ours != theirs:
+            problems.append(f"{key} is {ours}, the checkpoint's is {theirs}")
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}; drop the key, or start from other weights")
+
+
+def _given_positions(config: RunConfig) -> int:
+    """encoder.max_positions where it was asked for, else 0."""
+    return config.model.encoder.max_positions if "model.encoder.max_positions" in config.given else 0
 
 
 def check_backbone(saved: EDJEConfig, features: Features, where: str | Path) -> None:
