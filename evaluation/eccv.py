@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ import numpy as np
 from data.caption_datasets import CaptionDataset, read_field
 from models.errors import UserError
 
-from .metrics import recall_at_k, right_answers
+from .figures import EvaluationRecord
+from .metrics import EXTENDED_METRICS, recall_at_k, right_answers
 from .results import Results
 
 NUM_IMAGES, NUM_CAPTIONS = 5000, (25000, 25010)
 MOST_RIGHT = 48
-"""Right answers of a query by the extended ground truth, at most: as deep the package looks."""
+"""Right answers of a query by the extended ground truth, at most: as deep as the package looks."""
 DEPTH = MOST_RIGHT + NUM_CAPTIONS[1] - NUM_CAPTIONS[0]
-"""Candidates a query that are needed, ten of which may be left out."""
+"""Candidates needed per query, ten of which may be left out."""
 
 
 @dataclass(frozen=True)
@@ -72,32 +73,49 @@ def read_coco_ids(annotations: str | Path, dataset: CaptionDataset) -> CocoIds:
     return CocoIds(np.array(images), np.array(captions))
 
 
-def add_extended_figures(summary: dict[str, Any], results: Results, ids: CocoIds) -> None:
-    """Put {"mAP@R", "R-Precision", "R@1", "COCO R@1"} into results.json's t2i and i2t of every column, as `eccv`.
+def with_extended_figures(record: EvaluationRecord, results: Results, ids: CocoIds) -> EvaluationRecord:
+    """The record with EXTENDED_METRICS of every column, in percent.
 
-    In percent; the first three by the extended ground truth, the last, the package's own R@1 by COCO's ground truth, a
-    check of the numbers: it must be ours of the same queries. results: with DEPTH candidates a query, one fold."""
+    The first three are by the extended ground truth; the last, the package's own R@1 by COCO's ground truth, checks the
+    numbers: it must be ours of the same queries. results: with DEPTH candidates per query, one fold."""
+    extended = {column: _extended(results, column, ids) for column in results.t2i.columns}
+    t2i, i2t = (
+        replace(
+            part,
+            columns={
+                name: replace(column, extended=extended[name][direction]) for name, column in part.columns.items()
+            },
+        )
+        for direction, part in record.figures.directions().items()
+    )
+    return replace(record, figures=replace(record.figures, t2i=t2i, i2t=i2t))
+
+
+def _extended(results: Results, column: str, ids: CocoIds) -> dict[str, dict[str, float]]:
+    """EXTENDED_METRICS of one column, by direction."""
     package = _package()
     known = {"images": np.ones(len(ids.images), bool), "captions": np.isin(ids.captions, list(package.coco_gts["t2i"]))}
-    for column in results.t2i.columns:
-        rankings, recall = {}, {}
-        for direction, (queries, items) in {"t2i": ("captions", "images"), "i2t": ("images", "captions")}.items():
-            part = getattr(results, direction)
-            ranked = _first_known(part.rankings(column)[known[queries]], known[items])
-            recall[direction] = recall_at_k(right_answers(ranked, part.query_image[known[queries]], part.item_image), 1)
-            numbers = getattr(ids, queries)[known[queries]].tolist()
-            rankings[direction] = dict(zip(numbers, getattr(ids, items)[ranked].tolist(), strict=True))
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
-            extended = package.eccv_metrics(rankings, "all")
-            original = package.coco_5k_recalls(rankings, "all", K=1)
-        for direction in rankings:
-            assert abs(100.0 * original[direction] - recall[direction]) < 1e-9, "COCO's numbers are of other queries"
-            summary[direction][column]["eccv"] = {
-                "mAP@R": 100.0 * float(extended["eccv_map_at_r"][direction]),
-                "R-Precision": 100.0 * float(extended["eccv_rprecision"][direction]),
-                "R@1": 100.0 * float(extended["eccv_r1"][direction]),
-                "COCO R@1": 100.0 * float(original[direction]),
-            }
+    numbers = {"images": ids.images, "captions": ids.captions}
+    rankings, recall = {}, {}
+    for direction, queries, items in (("t2i", "captions", "images"), ("i2t", "images", "captions")):
+        part = results.t2i if direction == "t2i" else results.i2t
+        ranked = _first_known(part.rankings(column)[known[queries]], known[items])
+        recall[direction] = recall_at_k(right_answers(ranked, part.query_image[known[queries]], part.item_image), 1)
+        asked = numbers[queries][known[queries]].tolist()
+        rankings[direction] = dict(zip(asked, numbers[items][ranked].tolist(), strict=True))
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
+        extended = package.eccv_metrics(rankings, "all")
+        original = package.coco_5k_recalls(rankings, "all", K=1)
+    for direction in rankings:
+        assert abs(100.0 * original[direction] - recall[direction]) < 1e-9, "COCO's numbers are of other queries"
+    by_name = dict(
+        zip(
+            EXTENDED_METRICS,
+            (extended["eccv_map_at_r"], extended["eccv_rprecision"], extended["eccv_r1"], original),
+            strict=True,
+        )
+    )
+    return {way: {name: 100.0 * float(values[way]) for name, values in by_name.items()} for way in rankings}
 
 
 def _first_known(rankings: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -29,12 +29,15 @@ import torch
 from data.caption_datasets import CaptionDataset, check_evaluation_list, load_annotations
 from data.json_documents import is_list
 from data.named_datasets import NAMED_DATASETS
-from evaluation.eccv import DEPTH, CocoIds, add_extended_figures, may_be_coco_test, read_coco_ids
+from evaluation.eccv import DEPTH, CocoIds, may_be_coco_test, read_coco_ids, with_extended_figures
+from evaluation.figures import EvaluationRecord
 from evaluation.model_record import SETTINGS, model_record, read_run_config, run_directory
-from evaluation.output import markdown_table, protocol, results_json, write_results
-from evaluation.report.report import write_report
+from evaluation.output import evaluation_record, write_results
+from evaluation.provenance import stamp
+from evaluation.report.page import write_report
 from evaluation.results import Results, choose_lambda
 from evaluation.retrieval import check_pool, evaluate
+from evaluation.tables import markdown_table, protocol
 from models.checkpoints.checkpoint import CONFIG_FILE, write_config
 from models.checkpoints.hub import locate_checkpoint
 from models.distributed import DistributedContext, process_group
@@ -148,10 +151,11 @@ def main(argv: list[str] | None = None) -> None:
             model = model_record(evaluator.model, run, source.name, arguments.setting)
             name = str(checkpoint) if own else "@".join(filter(None, (arguments.checkpoint, arguments.revision)))
             lambda_split = evaluator.model.config.fusion_split
-            summary = results_json(results, name, source.name, arguments.split, model, lambda_split)
+            origin = stamp(distributed.device, distributed.size)
+            record = evaluation_record(results, name, source.name, arguments.split, model, lambda_split, origin)
             if coco_ids:
-                add_extended_figures(summary, results, coco_ids)
-            write_outputs(arguments, checkpoint, source, dataset, results, summary)
+                record = with_extended_figures(record, results, coco_ids)
+            write_outputs(arguments, checkpoint, source, dataset, results, record)
         distributed.barrier()
 
 
@@ -284,16 +288,16 @@ def write_outputs(
     source: Source,
     dataset: CaptionDataset,
     results: Results,
-    summary: dict[str, Any],
+    record: EvaluationRecord,
 ) -> None:
     """The files, and the table on the terminal."""
     run = run_directory(arguments.checkpoint, checkpoint)
     base = checkpoint.parent if run == checkpoint else run
     folds = f"-{arguments.folds}-folds" if arguments.folds > 1 else ""
     out = Path(arguments.out or base / f"evaluation-{source.label}-{arguments.split}{folds}")
-    write_results(out, results, dataset, summary)
-    report = write_report(out, summary, results, dataset, run / "metrics.jsonl")
-    print(f"\n{protocol([summary])}\n\n{markdown_table([summary])}\n\nreport: {report}")
+    write_results(out, results, dataset, record)
+    report = write_report(out, record, results, dataset, run / "metrics.jsonl")
+    print(f"\n{protocol([record])}\n\n{markdown_table([record])}\n\nreport: {report}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,15 @@ Letters: Q queries, D depth of a ranking, N candidates in the gallery.
 
     hits = right_answers(rankings, query_image, item_image)       # [Q, D] bool
     recall_at_k(hits, 1)                                          # 84.3
+
+METRICS is the one list of what is reported of every column: results.json, its reader, the tables in Markdown and the
+report all follow it, so a new metric is one entry there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -60,3 +66,65 @@ def median_rank(ranks: np.ndarray) -> float:
 def first_right_rank(hits: np.ndarray) -> np.ndarray:
     """[Q, D] bool -> [Q] int64: 0-based rank of the first right answer, D where there is none."""
     return np.where(hits.any(axis=1), hits.argmax(axis=1), hits.shape[1])
+
+
+@dataclass(frozen=True)
+class RankedQueries:
+    """What a metric is computed from: queries ranked by one column."""
+
+    hits: np.ndarray
+    """[Q, D] bool: which of the ranked candidates are right."""
+    first_right: np.ndarray
+    """[Q] int64: 0-based rank of the first right answer in the whole gallery."""
+
+    def of(self, chosen: np.ndarray) -> RankedQueries:
+        """Some of the queries; chosen: [Q] bool or numbers of queries."""
+        return RankedQueries(self.hits[chosen], self.first_right[chosen])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One figure of every column."""
+
+    name: str
+    """Its key in results.json."""
+    title: str
+    """Heading of its column in Markdown."""
+    short: str
+    """Heading in the report, where more columns stand side by side."""
+    compute: Callable[[RankedQueries], float]
+    """With folds, the figure is the mean of the folds' values."""
+    form: str = ".1f"
+    """Format of a single value in the report; means over seeds have one decimal."""
+    highest_is_best: bool = True
+    """The report prints the highest value of a row in bold."""
+    required: bool = False
+    """Whether a results.json without it is refused; else a dash stands in its place, as in files of older versions."""
+
+
+def _recall(depth: int) -> Metric:
+    name = f"R@{depth}"
+    # The gain, and every comparison of experiments, is one of R@1.
+    return Metric(
+        name=name,
+        title=name,
+        short=name,
+        compute=lambda queries: recall_at_k(queries.hits, depth),
+        required=depth == 1,
+    )
+
+
+METRICS: list[Metric] = [
+    *map(_recall, RECALL_DEPTHS),
+    Metric(
+        name="median_rank",
+        title="median rank",
+        short="MedR",
+        compute=lambda queries: median_rank(queries.first_right),
+        form="g",
+        highest_is_best=False,
+    ),
+]
+"""In the order of the tables."""
+EXTENDED_METRICS = ("mAP@R", "R-Precision", "R@1", "COCO R@1")
+"""Figures by COCO's extended ground truth, in percent (eccv.py): keys in results.json and headings."""

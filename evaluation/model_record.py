@@ -1,13 +1,8 @@
-"""What results.json says about the model, so that a table can tell which row its figures belong to.
-
-{"backbone": "ViT-L-16-SigLIP2-384", "pretrained": "webli", "adapter": "compression", "vision_tokens": 64,
- "bytes_per_image": 49152, "joint_encoder": "microsoft/MiniLM-L12-H384-uncased", "joint_layers": 12,
- "joint_width": 384, "joint_parameters": 33360000, "residual_similarity": 0.0, "trained_on": ["pretrain_14m.json"],
- "setting": "zero-shot"}
-"""
+"""What results.json says about the model, so that a table can tell which row its figures belong to."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +12,62 @@ from data.named_datasets import NAMED_DATASETS
 from models.checkpoints.checkpoint import CONFIG_FILE
 from models.edje import EDJE
 
+from .json_fields import Fields
+
 SETTINGS = ("zero-shot", "fine-tuned")
 """Trained on no file of the evaluated data set, or on one."""
 
 
-def model_record(model: EDJE, run: Path, dataset: str, setting: str | None = None) -> dict[str, Any]:
-    """The entry `model` of results.json. run: the directory that the checkpoint belongs to; dataset: results.json's.
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """The entry `model` of results.json."""
 
-    pretrained is a tag, or the last part of a path, so that the file can be shared; bytes_per_image are those of
-    float16 tokens; residual_similarity is what the cosine weighs in the match logit. joint_encoder, the weights that
-    training started from, and trained_on, the annotation files, newest first, are known from config.yaml of the run and
-    of those that it started from: else "" and what is known. Where a config is lost, none of the known files is of the
-    data set and `setting` is not given, it is `unknown`."""
+    backbone: str
+    pretrained: str
+    """A tag, or the last part of a path, so that the file can be shared."""
+    adapter: str
+    vision_tokens: int
+    bytes_per_image: int
+    """Of float16 tokens."""
+    joint_encoder: str = ""
+    """Weights that training started from; empty where no config of the run's line names them."""
+    joint_layers: int
+    joint_width: int
+    joint_parameters: int
+    residual_similarity: float = 0.0
+    """Weight of the first stage's cosine in the match logit."""
+    trained_on: list[str] = field(default_factory=list)
+    """Annotation files of the run and of those that it started from, newest first, where their configs are known."""
+    setting: str
+    """One of SETTINGS, or `unknown`."""
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> ModelRecord:
+        """Raises UserError naming the field that is missing or of another kind."""
+        return cls(
+            backbone=fields.text("backbone"),
+            pretrained=fields.text("pretrained"),
+            adapter=fields.text("adapter"),
+            vision_tokens=fields.whole("vision_tokens"),
+            bytes_per_image=fields.whole("bytes_per_image"),
+            joint_encoder=fields.text("joint_encoder") if "joint_encoder" in fields else "",
+            joint_layers=fields.whole("joint_layers"),
+            joint_width=fields.whole("joint_width"),
+            joint_parameters=fields.whole("joint_parameters"),
+            residual_similarity=fields.number("residual_similarity") if "residual_similarity" in fields else 0.0,
+            trained_on=fields.texts("trained_on") if "trained_on" in fields else [],
+            setting=fields.text("setting"),
+        )
+
+
+def model_record(model: EDJE, run: Path, dataset: str, setting: str | None = None) -> ModelRecord:
+    """What there is to say about a model evaluated on `dataset`, the name in results.json.
+
+    run: the directory that the checkpoint belongs to. Where a config of the run's line is lost, none of the known files
+    is of the data set and `setting` is not given, the setting is `unknown`."""
     config, runs = model.config, _run_configs(run)
     files = [Path(file).name for run in runs for file in annotation_files(run)]
     if setting is None and benchmark_name(dataset) in map(benchmark_name, files):
@@ -36,20 +75,20 @@ def model_record(model: EDJE, run: Path, dataset: str, setting: str | None = Non
     elif setting is None and all(map(annotation_files, runs)):
         setting = "zero-shot"
     width = config.encoder.hidden_size
-    return {
-        "backbone": config.backbone.name,
-        "pretrained": Path(config.backbone.pretrained).name,
-        "adapter": config.adapter.kind,
-        "vision_tokens": config.num_vision_tokens,
-        "bytes_per_image": config.num_vision_tokens * width * 2,
-        "joint_encoder": next((name for run in runs if (name := _section(run, "model").get("encoder_weights"))), ""),
-        "joint_layers": config.encoder.num_layers,
-        "joint_width": width,
-        "joint_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
-        "residual_similarity": model.similarity_weight,
-        "trained_on": files,
-        "setting": setting or "unknown",
-    }
+    return ModelRecord(
+        backbone=config.backbone.name,
+        pretrained=Path(config.backbone.pretrained).name,
+        adapter=config.adapter.kind,
+        vision_tokens=config.num_vision_tokens,
+        bytes_per_image=config.num_vision_tokens * width * 2,
+        joint_encoder=next((name for run in runs if (name := _section(run, "model").get("encoder_weights"))), ""),
+        joint_layers=config.encoder.num_layers,
+        joint_width=width,
+        joint_parameters=sum(parameter.numel() for parameter in model.encoder.parameters()),
+        residual_similarity=model.similarity_weight,
+        trained_on=files,
+        setting=setting or "unknown",
+    )
 
 
 def benchmark_name(dataset: str) -> str:

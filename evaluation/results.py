@@ -1,8 +1,8 @@
-"""What an evaluation found: candidates and scores of every query, and the rankings and recalls that follow from them.
+"""What an evaluation found: candidates and scores of every query, and the rankings and figures that follow from them.
 
 Three columns rank the same candidates, by one function: `embedding` (the first stage), `reranked` (the first k
 reordered by the match logit alone, the paper's protocol) and `fused` (by logit + lambda * cosine, BLIP's protocol).
-Letters: Q queries, N candidates in the gallery, D candidates kept a query, k of them reranked.
+Letters: Q queries, N candidates in the gallery, D candidates kept per query, k of them reranked.
 
 With folds (COCO's 5-fold 1k protocol) the images are cut into equal consecutive parts, each a gallery of its own with
 its captions; a figure is the mean of the folds' figures, counts and intervals are over all queries.
@@ -12,21 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
+from .figures import COLUMNS, ColumnFigures, DirectionFigures, Gain, PartFigures
 from .metrics import (
+    METRICS,
     RECALL_DEPTHS,
+    RankedQueries,
     first_right_rank,
     gain_interval,
     helped_and_hurt,
-    median_rank,
     recall_at_k,
     right_answers,
 )
 
-COLUMNS = ("embedding", "reranked", "fused")
 LAMBDA_GRID = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 """Logits differ by units and cosines by hundredths, so the grid reaches from the logit alone to the embedding alone."""
 
@@ -90,12 +90,12 @@ class DirectionResults:
 
     def recall(self, hits: np.ndarray, k: int) -> float:
         """R@k in percent, hits [Q, D] bool: the mean over the folds."""
-        return self._mean(lambda of_fold: recall_at_k(of_fold, k), hits)
+        return self._mean_over_folds(lambda queries: recall_at_k(hits[queries], k))
 
-    def _mean(self, metric: Callable[[np.ndarray], float], of_queries: np.ndarray) -> float:
-        """The metric of each fold's queries, averaged over the folds that have any."""
+    def _mean_over_folds(self, metric: Callable[[np.ndarray], float]) -> float:
+        """The metric of each fold's queries, given as [Q] bool, averaged over the folds that have any."""
         fold = self.query_image * self.folds // (self.item_image.max() + 1)
-        return float(np.mean([metric(of_queries[fold == number]) for number in np.unique(fold)]))
+        return float(np.mean([metric(fold == number) for number in np.unique(fold)]))
 
     def of_queries(self, chosen: np.ndarray) -> DirectionResults:
         """These queries alone (mask or numbers [q]); the gallery stays whole."""
@@ -108,24 +108,26 @@ class DirectionResults:
             first_right=self.first_right[chosen],
         )
 
-    def summary(self) -> dict[str, Any]:
-        """One direction of results.json: recalls in percent, intervals in percentage points."""
-        hits = {column: self.hits(column) for column in self.columns}
-        summary: dict[str, Any] = {}
-        for column in self.columns:
-            summary[column] = {f"R@{k}": self.recall(hits[column], k) for k in RECALL_DEPTHS}
-            summary[column]["median_rank"] = self._mean(median_rank, self.first_right_ranks(column))
-        summary["pool_ceiling"] = self.recall(hits["embedding"], self.k)
-        summary |= _gain(hits["embedding"], hits["reranked"])
-        if self.fusion_lambda is not None:
-            summary["fused"]["lambda"] = self.fusion_lambda
-            summary |= {f"fused_{key}": value for key, value in _gain(hits["embedding"], hits["fused"]).items()}
-        return summary
+    def figures(self) -> DirectionFigures:
+        """Every metric of every column, the gains over the embedding, and the pool's ceiling."""
+        before = self.hits("embedding")
+        columns = {column: self._column_figures(column, before) for column in self.columns}
+        return DirectionFigures(columns, self.recall(before, self.k))
+
+    def _column_figures(self, column: str, before: np.ndarray) -> ColumnFigures:
+        """before: the embedding's hits [Q, D] bool."""
+        queries = RankedQueries(self.hits(column), self.first_right_ranks(column))
+        metrics = {
+            metric.name: self._mean_over_folds(lambda chosen, metric=metric: metric.compute(queries.of(chosen)))
+            for metric in METRICS
+        }
+        gain = None if column == "embedding" else _gain(before, queries.hits)
+        return ColumnFigures(metrics, self.fusion_lambda if column == "fused" else None, gain=gain)
 
 
-def _gain(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+def _gain(before: np.ndarray, after: np.ndarray) -> Gain:
     helped, hurt = helped_and_hurt(before, after)
-    return {"helped": helped, "hurt": hurt, "gain_R@1_ci95": list(gain_interval(before, after))}
+    return Gain(gain_interval(before, after), helped, hurt)
 
 
 @dataclass(frozen=True)
@@ -168,31 +170,14 @@ class Results:
     def subset_names(self) -> list[str]:
         return sorted({name for name in self.image_subsets if name is not None})
 
-    def summary(self) -> dict[str, Any]:
-        """results.json without the names of checkpoint, data set and split."""
-        summary: dict[str, Any] = {
-            "k": self.t2i.k,
-            "folds": self.t2i.folds,
-            "images": self.num_images,
-            "captions": self.num_captions,
-            **self._figures(),
-            "seconds": self.seconds,
-            "pairs_per_second": self.pairs_per_second,
-            "precision": self.precision,
-        }
-        subsets = {name: self.subset(name) for name in self.subset_names()}
-        if subsets:
-            summary["subsets"] = {name: part._figures() for name, part in subsets.items()}
-        return summary
-
-    def _figures(self) -> dict[str, Any]:
-        """Both directions, and rSum: the sum of their R@1, R@5 and R@10 by column, 600 at best."""
-        figures: dict[str, Any] = {"t2i": self.t2i.summary(), "i2t": self.i2t.summary()}
-        figures["rsum"] = {
-            column: sum(figures[direction][column][f"R@{k}"] for direction in ("t2i", "i2t") for k in RECALL_DEPTHS)
+    def figures(self) -> PartFigures:
+        """Of both directions, and their rSum."""
+        t2i, i2t = self.t2i.figures(), self.i2t.figures()
+        sums = {
+            column: sum(direction.columns[column].metrics[f"R@{k}"] for direction in (t2i, i2t) for k in RECALL_DEPTHS)
             for column in self.t2i.columns
         }
-        return figures
+        return PartFigures(t2i, i2t, sums)
 
 
 def choose_lambda(validation: Results, grid: Sequence[float] = LAMBDA_GRID) -> float:

@@ -8,8 +8,8 @@ needed (urllib.parse.unquote gives the path back), a caption is IMAGE#NUMBER, it
 image's captions from 0 on, as in Flickr30k's own files.
 
 Readers sort by score and break ties as they like, and the match logits of the pool do not compare with the cosines
-below it. So SCORE counts the candidates from this one to the list's end: whole numbers that fall by one from place to
-place, so that every reader finds our order, ties included. The scores themselves are in rankings.npz.
+below it. So SCORE counts the candidates from this one to the list's end: whole numbers that fall by one from rank to
+rank, so that every reader finds our order, ties included. The scores themselves are in rankings.npz.
 
     import ir_measures
     from ir_measures import RR, Success
@@ -26,19 +26,20 @@ import numpy as np
 
 from data.caption_datasets import CaptionDataset
 
+from .figures import COLUMNS
 from .metrics import RECALL_DEPTHS
-from .results import COLUMNS, Results
+from .results import Results
 
 
 def trec_files(results: Results, dataset: CaptionDataset) -> Iterator[tuple[str, str | None]]:
     """Name and text of every file; no text for a column that these results lack, whose file must not be there.
 
-    A run lists max(k, 10) candidates a query, what pool and recalls need: for COCO's 25,010 captions, k = 10, some
-    25 MB a column."""
+    A run lists max(k, 10) candidates per query, what pool and recalls need: for COCO's 25,010 captions, k = 10, some
+    25 MB per column."""
     images = [quote(image, safe="/") for image in dataset.image_ids]
     captions = _caption_ids(images, dataset.caption_image)
     for direction, queries, items in (("t2i", captions, images), ("i2t", images, captions)):
-        part = getattr(results, direction)
+        part = results.t2i if direction == "t2i" else results.i2t
         right = _right_pairs(images, captions, dataset.caption_image, direction)
         yield f"qrels.{direction}.trec", "".join(f"{query} 0 {item} 1\n" for query, item in right)
         depth = max(part.k, *RECALL_DEPTHS)
@@ -64,7 +65,7 @@ def _run(rankings: np.ndarray, queries: list[str], items: list[str], column: str
     """Lines of rankings [Q, d], best first."""
     depth = rankings.shape[1]
     return "".join(
-        f"{query} Q0 {items[item]} {place + 1} {depth - place} {column}\n"
+        f"{query} Q0 {items[item]} {rank + 1} {depth - rank} {column}\n"
         for query, ranking in zip(queries, rankings.tolist(), strict=True)
-        for place, item in enumerate(ranking)
+        for rank, item in enumerate(ranking)
     )

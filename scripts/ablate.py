@@ -23,8 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.output import DIRECTION_TITLES, aligned, columns_of, mean_text
-from evaluation.report.charts import Point, scatter_charts
+from evaluation.figures import EvaluationRecord, read_results
+from evaluation.report.charts import Panel, Point, scatter_charts
+from evaluation.tables import DIRECTION_TITLES, aligned, columns_of, mean_text
 from models.edje import EDJE
 from models.errors import UserError, one_line, run_entry_point
 from models.files import write_atomically
@@ -33,18 +34,18 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results.json"
 
 
-def run(config: Path, seed: int, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Train and evaluate one config with one seed, unless its results are there. Returns results.json."""
+def run(config: Path, seed: int, folder: Path, overrides: Sequence[str]) -> EvaluationRecord:
+    """Train and evaluate one config with one seed, unless its results are there."""
     if not (folder / RESULTS).is_file():
         call(config, "train.py", "--config", config, f"output={folder}", f"seed={seed}", *overrides)
     return evaluate(config, folder, folder)
 
 
-def evaluate(config: Path, run: Path, out: Path) -> dict[str, Any]:
-    """Evaluate a run, unless its results are in `out`. Returns results.json."""
+def evaluate(config: Path, run: Path, out: Path) -> EvaluationRecord:
+    """Evaluate a run, unless its results are in `out`."""
     if not (out / RESULTS).is_file():
         call(config, "evaluation/evaluate_retrieval.py", "--checkpoint", run, "--out", out)
-    return json.loads((out / RESULTS).read_text())
+    return read_results(out / RESULTS)
 
 
 def call(config: Path, script: str, *arguments: str | Path) -> None:
@@ -56,18 +57,23 @@ def call(config: Path, script: str, *arguments: str | Path) -> None:
 
 
 def describe(
-    config: Path, folder: Path, seeds: Sequence[int], runs: list[dict[str, Any]], timed: list[dict[str, Any]]
+    config: Path, folder: Path, seeds: Sequence[int], runs: list[EvaluationRecord], timed: list[EvaluationRecord]
 ) -> dict[str, Any]:
     """A config's entry in ablations.json: what it stores and costs, and R@1 of every seed."""
-    model, k = runs[0]["model"], runs[0]["k"]
+    model, k = runs[0].model, runs[0].k
+    columns = columns_of(*(run.figures for run in runs))
+    recalls = {
+        direction: {c: [run.figures.directions()[direction].columns[c].metrics["R@1"] for run in runs] for c in columns}
+        for direction in DIRECTION_TITLES
+    }
     return {
         "name": config.stem,
-        "vision_tokens": model["vision_tokens"],
-        "bytes_per_image": model["bytes_per_image"],
+        "vision_tokens": model.vision_tokens,
+        "bytes_per_image": model.bytes_per_image,
         "trained_parameters": sum(p.numel() for p in EDJE.from_pretrained(folder).parameters()),
-        "milliseconds_per_query": 1000 * k / statistics.median(r["pairs_per_second"] for r in timed),
+        "milliseconds_per_query": 1000 * k / statistics.median(record.pairs_per_second for record in timed),
         "seeds": list(seeds),
-        "R@1": {d: {c: [r[d][c]["R@1"] for r in runs] for c in columns_of(*runs)} for d in DIRECTION_TITLES},
+        "R@1": recalls,
     }
 
 
@@ -97,7 +103,7 @@ def table(entries: list[dict[str, Any]]) -> str:
     """Markdown, a row a config. R@1 in percent, by the match logit alone and fused: mean ± deviation over seeds."""
     first = entries[0]
     names = {"reranked": "logit", "fused": "fused"}
-    columns = [c for c in columns_of(*(entry["R@1"] for entry in entries)) if c in names]
+    columns = [c for c in names if all(c in entry["R@1"]["t2i"] for entry in entries)]
     header = ["config", "m", "bytes an image", "ms a query", "seeds"]
     header += [f"{d.upper()} {names[c]}" for d in DIRECTION_TITLES for c in columns] + [
         f"against {first['name']}, T2I logit"
@@ -122,7 +128,7 @@ def plot(entries: list[dict[str, Any]]) -> str:
             recalls = entry["R@1"]["t2i"]["reranked"]
             spread = statistics.stdev(recalls) if len(recalls) > 1 else 0.0
             points.append(Point(entry["name"], entry[key], statistics.mean(recalls), spread))
-        panels.append((label, points))
+        panels.append(Panel(label, points))
     level = statistics.mean(entries[0]["R@1"]["t2i"]["embedding"])
     return scatter_charts(panels, "text to image R@1 of the match logit, %", ("embedding alone", level))
 

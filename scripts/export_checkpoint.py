@@ -18,19 +18,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation.figures import EvaluationRecord, read_results
 from evaluation.model_record import annotation_files, read_run_config, run_directory
 from models.checkpoints.checkpoint import read_checkpoint, resolve_checkpoint, weights_fingerprint, write_checkpoint
 from models.checkpoints.hub import upload_checkpoint
 from models.checkpoints.model_card import LICENSE, model_card
 from models.errors import UserError, run_entry_point
 from models.state_dicts import half_precision
-from scripts.results_table import read_results, table
+from scripts.results_table import table
 
 _NO_NAME = re.compile(r"[^A-Za-z0-9_.]+")
 """What no name on the Hub may contain."""
@@ -71,19 +71,19 @@ def _results_of(run: Path, checkpoint: Path) -> list[Path]:
     return [path for path in found if path.is_file() and _is_of(read_results(path), checkpoint)]
 
 
-def _is_of(results: dict[str, Any], checkpoint: Path) -> bool:
+def _is_of(record: EvaluationRecord, checkpoint: Path) -> bool:
     # By the step directory's name: the path was written as the evaluation was given it, maybe on another machine.
-    return Path(results["checkpoint"]).name == checkpoint.name
+    return Path(record.checkpoint).name == checkpoint.name
 
 
 def _measured(files: Sequence[Path], checkpoint: Path) -> list[str]:
     """A table for each evaluation; the data set by its file's name, without this machine's folders."""
     tables = []
     for file in files:
-        results = read_results(file)
-        if not _is_of(results, checkpoint):
-            raise UserError(f"{file}: measured {results['checkpoint']}, not {checkpoint}; evaluate this checkpoint")
-        tables.append(table([results | {"dataset": Path(results["dataset"]).name}], with_subsets=False))
+        record = read_results(file)
+        if not _is_of(record, checkpoint):
+            raise UserError(f"{file}: measured {record.checkpoint}, not {checkpoint}; evaluate this checkpoint")
+        tables.append(table([replace(record, dataset=Path(record.dataset).name)], with_subsets=False))
     return tables and [*tables, "Measured with the run's own weights, before they were rounded to float16."]
 
 

@@ -14,15 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.metrics import RECALL_DEPTHS
+from evaluation.figures import EvaluationRecord, read_results
 from evaluation.model_record import benchmark_name
-from evaluation.output import (
+from evaluation.tables import (
     COLUMN_TITLES,
     DIRECTION_TITLES,
     aligned,
@@ -38,105 +38,22 @@ PAPER = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "paper.
 """The paper's figures, as printed, and what a results.json must say to stand in a row beside them."""
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def table(records: Sequence[EvaluationRecord], with_subsets: bool, with_protocol: bool = True) -> str:
+    """The whole table; seeds are averaged, so all records must be of one data set, split, k and folds."""
+    check_one_experiment(records, with_subsets)
+    rows = markdown_table(records, with_subsets)
+    return f"{protocol(records)}\n\n{rows}" if with_protocol else rows
 
 
-KINDS: dict[str, Callable[[Any], bool]] = {
-    "text": lambda value: isinstance(value, str),
-    "a whole number": lambda value: _is_number(value) and isinstance(value, int),
-    "a number": _is_number,
-    "two numbers": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)),
-    "an object": lambda value: isinstance(value, dict),
-}
-"""What a field of results.json may have to be."""
-MODEL_KINDS = dict.fromkeys(("backbone", "pretrained", "adapter", "setting"), "text") | dict.fromkeys(
-    ("vision_tokens", "bytes_per_image", "joint_layers", "joint_width", "joint_parameters"), "a whole number"
-)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """One results.json. Raises UserError naming the file, and the field that is missing or of another kind."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a results.json of evaluation/evaluate_retrieval.py ({error})") from None
-    where = f"{path}: "
-    document = _field({"the document": found}, "the document", "an object", where)
-    for name in ("checkpoint", "dataset", "split"):
-        _field(document, name, "text", where)
-    for name in ("k", "images", "captions"):
-        _field(document, name, "a whole number", where)
-    _field(document, "folds", "a whole number", where, optional=True)
-    _field(document, "lambda_split", "text", where, optional=True)
-    model = _field(document, "model", "an object", where, optional=True)
-    if model is not None:
-        for name, kind in MODEL_KINDS.items():
-            _field(model, name, kind, f"{where}model.")
-        _field(model, "residual_similarity", "a number", f"{where}model.", optional=True)
-    _check_figures(document, where)
-    subsets = _field(document, "subsets", "an object", where, optional=True) or {}
-    for name in subsets:
-        _check_figures(_field(subsets, name, "an object", f"{where}subsets."), f"{where}subsets.{name}.")
-    return document
-
-
-def _field(record: dict[str, Any], name: str, kind: str, where: str, optional: bool = False) -> Any:
-    """A field of the kind, one of KINDS; None if it is not there, though `optional`. where: file and path to it."""
-    if name not in record and optional:
-        return None
-    if name in record and KINDS[kind](record[name]):
-        return record[name]
-    found = f"is {record[name]!r:.60}" if name in record else "is missing"
-    file, _, above = where.rpartition(": ")
-    raise UserError(
-        f"{file}: not a results.json of evaluation/evaluate_retrieval.py: {above}{name} {found}; expected {kind}; "
-        "evaluate again"
-    )
-
-
-def _check_figures(part: dict[str, Any], where: str) -> None:
-    """The figures of both directions, of a whole split or a subset; older files lack some."""
-    directions = {name: _field(part, name, "an object", where) for name in DIRECTION_TITLES}
-    has_fused = any("fused" in figures for figures in directions.values())
-    for direction, of_direction in directions.items():
-        for column in ("embedding", "reranked", *(["fused"] if has_fused else [])):
-            inside = f"{where}{direction}.{column}."
-            figures = _field(of_direction, column, "an object", f"{where}{direction}.")
-            for depth in RECALL_DEPTHS:
-                _field(figures, f"R@{depth}", "a number", inside, optional=depth > 1)
-            _field(figures, "median_rank", "a number", inside, optional=True)
-            if column == "fused":
-                _field(figures, "lambda", "a number", inside)
-            if column != "embedding":
-                interval = "gain_R@1_ci95" if column == "reranked" else f"{column}_gain_R@1_ci95"
-                _field(of_direction, interval, "two numbers", f"{where}{direction}.")
-            extended = _field(figures, "eccv", "an object", inside, optional=True)
-            if extended is not None:
-                for name in ("mAP@R", "R-Precision", "R@1", "COCO R@1"):
-                    _field(extended, name, "a number", f"{inside}eccv.")
-    sums = _field(part, "rsum", "an object", where, optional=True) or {}
-    for column in sums:
-        _field(sums, column, "a number", f"{where}rsum.")
-
-
-def table(results: list[dict[str, Any]], with_subsets: bool, with_protocol: bool = True) -> str:
-    """The whole table; seeds are averaged, so all results must be of one data set, split, k and folds."""
-    check_one_experiment(results, with_subsets)
-    rows = markdown_table(results, with_subsets)
-    return f"{protocol(results)}\n\n{rows}" if with_protocol else rows
-
-
-def check_one_experiment(results: list[dict[str, Any]], with_subsets: bool) -> None:
-    """Raises UserError naming what results differ in that must be the same for seeds of one experiment."""
-    first, *others = ({"folds": 1} | result for result in results)  # files of before folds are of whole splits
+def check_one_experiment(records: Sequence[EvaluationRecord], with_subsets: bool) -> None:
+    """Raises UserError naming what records differ in that must be the same for seeds of one experiment."""
+    first, *others = records
     for other in others:
-        for key in ("dataset", "split", "k", "folds", "images", "captions"):
-            if other.get(key) != first.get(key):
-                raise UserError(
-                    f"results differ in {key} ({first.get(key)} and {other.get(key)}); give seeds of one experiment"
-                )
-        if with_subsets and set(other.get("subsets", {})) != set(first.get("subsets", {})):
+        for name in ("dataset", "split", "k", "folds", "images", "captions"):
+            mine, theirs = getattr(first, name), getattr(other, name)
+            if mine != theirs:
+                raise UserError(f"results differ in {name} ({mine} and {theirs}); give seeds of one experiment")
+        if with_subsets and set(other.subsets) != set(first.subsets):
             raise UserError("results differ in subsets; give seeds of one experiment, or leave --subsets out")
 
 
@@ -148,17 +65,18 @@ def comparison(folders: Sequence[Path]) -> str:
         if not seeds:
             raise UserError(f"{folder}: no seed*.json in it; give folders of results.json files, one per seed")
         check_one_experiment(seeds, with_subsets=False)
+        columns = columns_of(*(seed.figures for seed in seeds))
         for direction, title in DIRECTION_TITLES.items():
-            parts, columns = [seed[direction] for seed in seeds], columns_of(*seeds)
-            recalls = {column: mean_text([part[column]["R@1"] for part in parts]) for column in columns}
-            counts = [f"{seeds[0]['images']:,}", str(len(seeds))]
+            parts = [seed.figures.directions()[direction] for seed in seeds]
+            recalls = {c: mean_text([part.columns[c].metrics["R@1"] for part in parts]) for c in columns}
             cells = [recalls.get(column, "–") for column in COLUMN_TITLES]
+            counts = [f"{seeds[0].images:,}", str(len(seeds))]
             rows.append([folder.name, title, *counts, *cells, gain_text(parts, columns[-1])])
     return aligned(rows)
 
 
 def paper_tables(folder: Path) -> str:
-    """Every table of the paper, under each of its rows ours, one a results.json: runs that look alike may be seeds or
+    """Every table of the paper, under each of its rows ours, one per results.json: runs that look alike may be seeds or
     ablations, so nothing is averaged. Then the results that belong to no row."""
     found = {path: read_results(path) for path in sorted(folder.rglob("results.json"))}
     if not found:
@@ -172,12 +90,12 @@ def paper_tables(folder: Path) -> str:
             if row["ours"] is None:  # a model of others, cited
                 continue
             own = {path: r for path, r in found.items() if belongs(r, section["where"] | row["ours"])}
-            for path, result in own.items():
-                title = f"ours: {path.parent.relative_to(folder)}: {model_title(result)}"
-                rows.append(["", title, *(our_cell(result, column) for column in section["columns"])])
+            for path, record in own.items():
+                title = f"ours: {path.parent.relative_to(folder)}: {model_title(record)}"
+                rows.append(["", title, *(our_cell(record, column) for column in section["columns"])])
             if not own:
                 rows.append(["", "ours", *("–" for _ in section["columns"])])
-            left = {path: result for path, result in left.items() if path not in own}
+            left = {path: record for path, record in left.items() if path not in own}
         notes = " ".join(filter(None, (section.get("note"), required(section["where"]))))
         parts += filter(None, (f"### {section['title']}", notes, aligned(rows)))
     if left:
@@ -196,53 +114,53 @@ def required(where: dict[str, Any]) -> str:
     )
 
 
-def belongs(result: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a results.json says all that is wanted. One that does not know its setting belongs to either; one whose
-    match logit contains the first stage's cosine to none, as the paper's do not."""
+def belongs(record: EvaluationRecord, wanted: dict[str, object]) -> bool:
+    """Whether a record says all that is wanted. One that does not know its setting belongs to either; one whose match
+    logit contains the first stage's cosine to none, as the paper's do not."""
     wanted = {"residual_similarity": 0} | wanted
-    facts = {"folds": 1, "residual_similarity": 0} | result | result.get("model", {})
-    facts["dataset"] = benchmark_name(result["dataset"])
+    facts: dict[str, object] = {"residual_similarity": 0} | record.to_json()
+    facts |= record.model.to_json() if record.model else {}
+    facts["dataset"] = benchmark_name(record.dataset)
     if facts.get("setting") == "unknown":
         facts["setting"] = wanted.get("setting")
     return all(facts.get(key) == value for key, value in wanted.items())
 
 
-def our_cell(result: dict[str, Any], column: dict[str, Any]) -> str:
+def our_cell(record: EvaluationRecord, column: dict[str, Any]) -> str:
     """The figures that the column names by their paths in results.json, joined as the paper prints them."""
     texts = []
     for path in column["ours"]:
-        figure = result
+        figure: object = record.to_json()
         for key in path.split("."):
-            figure = figure.get(key) if figure else None  # older files lack some
-        texts.append("–" if figure is None else f"{figure * column.get('scale', 1):.{column.get('digits', 1)}f}")
+            figure = figure.get(key) if isinstance(figure, dict) else None  # older files lack some
+        known = isinstance(figure, int | float)
+        texts.append(f"{figure * column.get('scale', 1):.{column.get('digits', 1)}f}" if known else "–")
     return "/".join(texts) or "–"
 
 
-def model_title(result: dict[str, Any]) -> str:
+def model_title(record: EvaluationRecord) -> str:
     """`ViT-L-16-SigLIP2-384 webli, 64 tokens, 12 layers of 384, k = 10`."""
-    model = result["model"]
-    backbone = " ".join(filter(None, (model["backbone"], model["pretrained"])))
-    kind = "local, " if model["adapter"] == "local" else ""
-    title = (
-        f"{backbone}, {kind}{model['vision_tokens']} tokens, {model['joint_layers']} layers of "
-        f"{model['joint_width']}, k = {result['k']}"
-    )
-    if model.get("residual_similarity"):
-        title += ", first stage's cosine in the match logit"
-    return title + (", training data unknown" if model["setting"] == "unknown" else "")
+    model = record.model
+    if model is None:
+        return f"a model that it does not name, k = {record.k}"
+    backbone = " ".join(filter(None, (model.backbone, model.pretrained)))
+    kind = "local, " if model.adapter == "local" else ""
+    title = f"{backbone}, {kind}{model.vision_tokens} tokens, {model.joint_layers} layers of {model.joint_width}"
+    title += f", k = {record.k}" + (", first stage's cosine in the match logit" if model.residual_similarity else "")
+    return title + (", training data unknown" if model.setting == "unknown" else "")
 
 
-def about(result: dict[str, Any]) -> str:
+def about(record: EvaluationRecord) -> str:
     """Why a file is in no row: what it says instead."""
-    if "model" not in result:
-        return "names no model, as evaluations did before; evaluate again"
-    counts = f"{result['images']:,} images, {result['captions']:,} captions, {result.get('folds', 1)} folds"
-    return f"{result['dataset']}, {result['split']}: {counts}; {model_title(result)}, {result['model']['setting']}"
+    if record.model is None:
+        return "names no model, as files of older versions; evaluate again"
+    counts = f"{record.images:,} images, {record.captions:,} captions, {record.folds} folds"
+    return f"{record.dataset}, {record.split}: {counts}; {model_title(record)}, {record.model.setting}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path, help="results.json files, one a seed")
+    parser.add_argument("results", nargs="*", type=Path, help="results.json files, one per seed")
     parser.add_argument("--subsets", action="store_true", help="also a row for each subset of the split")
     parser.add_argument("--table-only", action="store_true", help="without the sentence on the protocol")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="R@1 of folders of seeds, side by side")
@@ -259,8 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         twice = [str(path) for path, file in zip(arguments.results, files, strict=True) if files.count(file) > 1]
         if twice:
             raise UserError(f"{' and '.join(twice)}: one file, which would count as several seeds; name it once")
-        results = [read_results(path) for path in arguments.results]
-        print(table(results, arguments.subsets, with_protocol=not arguments.table_only))
+        records = [read_results(path) for path in arguments.results]
+        print(table(records, arguments.subsets, with_protocol=not arguments.table_only))
 
 
 if __name__ == "__main__":

@@ -61,12 +61,11 @@ class RunLog:
     def evaluation(self, step: int, results: Results) -> None:
         """Recalls of a validation, as val/t2i/reranked/R@1 and so on, in percent."""
         recalls, line = {}, []
-        for direction, found in (("t2i", results.t2i.summary()), ("i2t", results.i2t.summary())):
-            for column in ("embedding", "reranked", "fused"):
-                values = found.get(column, {})
-                recalls |= {f"val/{direction}/{column}/{name}": value for name, value in values.items()}
-            gains = ", ".join(f"{column} {found[column]['R@1']:.1f}" for column in ("reranked", "fused"))
-            line.append(f"{direction} R@1 embedding {found['embedding']['R@1']:.1f}, {gains}")
+        for direction, found in results.figures().directions().items():
+            for column, figures in found.columns.items():
+                recalls |= {f"val/{direction}/{column}/{name}": value for name, value in figures.numbers().items()}
+            recall_at_1 = (f"{column} {figures.metrics['R@1']:.1f}" for column, figures in found.columns.items())
+            line.append(f"{direction} R@1 {', '.join(recall_at_1)}")
         self._record({"step": step} | recalls)
         if self.distributed.is_main:
             tqdm.write(f"step {step}: validation " + "; ".join(line))

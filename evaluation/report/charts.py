@@ -1,25 +1,68 @@
-"""Line charts as inline SVG: no plotting library, no script; colours come from the page's CSS variables.
+"""Charts by matplotlib: curves as SVG inside a page, scatter plots as SVG files.
 
-svg = line_chart([Line("EDJE", [1, 2, 5], [50.0, 60.0, 61.0], "accent")], "R@1 by pool size", "k", "%")
-file = scatter_charts([("bytes an image", [Point("m = 16", 4096, 82.5, 0.5)])], "R@1, %", ("embedding alone", 71.6))
+chart = LineChart("R@1 by pool size", "k", "%", [Line("EDJE", [1, 2, 5], [50.0, 60.0, 61.0], "accent")])
+chart.svg()                                                     # takes its colours from the page's CSS variables
+scatter_charts([Panel("bytes per image", [Point("m16", 4096, 82.5, 0.5)])], "R@1, %", ("embedding alone", 71.6))
+
+The same data gives the same bytes: ids come from a fixed salt, nothing is dated, text stays text.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 WIDTH, HEIGHT = 520, 300
-LEFT, RIGHT, TOP, BOTTOM = 48, 16, 14, 38
+"""Of a chart, in points; pages scale it."""
 MOST_POINTS = 400
 """Points a line keeps: more than there are pixels would only make the page heavy."""
-SCATTER_STYLE = (
-    ".grid{stroke:#8088943f}.mid{text-anchor:middle}.end{text-anchor:end}.point{fill:#3b76f0}"
-    ".spread{stroke:#3b76f0;stroke-width:1.5}.level{stroke:#808894;stroke-dasharray:5 4}"
-)
-"""A file of its own has no page that could give it colours."""
+MARKED_POINTS = 20
+"""Points of a line up to which each is marked."""
+PAGE_COLORS = {
+    name: f"#0000{number:02x}"
+    for number, name in enumerate(("muted", "accent", "second", "third", "fourth", "fifth", "rule"), 1)
+}
+"""Colours that stand for CSS variables of the page while matplotlib draws."""
+MARKER = 5
+"""Diameter of a point's mark."""
+FONT = "font-family: 'DejaVu Sans'; "
+"""Of every text as matplotlib writes it: left out, so that a page's own font is taken."""
+SVG = "http://www.w3.org/2000/svg"
+GREY, BLUE = "#808894", "#3b76f0"
+"""A file of its own has no page that could give it colours: these suit light and dark ones."""
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "edje",
+    "font.family": "DejaVu Sans",  # matplotlib brings it: widths are the same everywhere
+    "font.size": 12,
+    "axes.autolimit_mode": "round_numbers",
+    "axes.xmargin": 0,
+    "axes.ymargin": 0,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.spines.bottom": False,
+    "xtick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.major.size": 0,
+    "xtick.major.pad": 8,
+    "ytick.major.pad": 8,
+    "lines.solid_joinstyle": "round",
+    "grid.linewidth": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -45,101 +88,43 @@ class Point:
 
 
 @dataclass(frozen=True)
-class _Scale:
-    """Data to pixels along one axis."""
+class Panel:
+    """Points over one x axis."""
 
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+    x_label: str
+    points: Sequence[Point]
 
 
-def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str) -> str:
-    """A figure with title, legend, axes and grid. Points that are not finite are left out."""
-    lines = [_cleaned(line) for line in lines]
-    lines = [line for line in lines if line.xs]
-    if not lines:
-        return ""
-    x_values, y_values = [x for line in lines for x in line.xs], [y for line in lines for y in line.ys]
-    x_ticks, y_ticks = ticks(min(x_values), max(x_values)), ticks(min(y_values), max(y_values))
-    x_scale = _Scale(min(x_values), max(max(x_values), min(x_values) + 1e-9), LEFT, WIDTH - RIGHT)
-    y_scale = _Scale(min(y_ticks[0], *y_values), max(y_ticks[-1], *y_values, y_ticks[0] + 1e-9), HEIGHT - BOTTOM, TOP)
-    parts = [*_grid(x_ticks, y_ticks, x_scale, y_scale), *(_path(line, x_scale, y_scale) for line in lines)]
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" class="axis mid">{escape(x_label)}</text>')
-    return (
-        f'<figure><figcaption>{escape(title)}<span class="unit">{escape(y_label)}</span></figcaption>{_legend(lines)}'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
-    )
+@dataclass(frozen=True)
+class LineChart:
+    """Curves over one axis; title, unit and legend are the page's to write."""
 
+    title: str
+    x_label: str
+    unit: str
+    """Of the y axis."""
+    series: Sequence[Line]
 
-def scatter_charts(panels: Sequence[tuple[str, Sequence[Point]]], y_label: str, level: tuple[str, float]) -> str:
-    """An SVG file of its own, panels side by side: (label of the x axis, points), x in powers of two, y shared.
+    @property
+    def lines(self) -> list[Line]:
+        """What is drawn: without points that are not finite, and without lines that have no others."""
+        return [line for line in map(_cleaned, self.series) if line.xs]
 
-    `level` is drawn as a horizontal line. The colours suit light and dark pages."""
-    ys = [y for _, points in panels for p in points for y in (p.y - p.deviation, p.y + p.deviation)] + [level[1]]
-    y_ticks = ticks(min(ys), max(ys))
-    y_scale = _Scale(y_ticks[0], max(y_ticks[-1], y_ticks[0] + 1e-9), HEIGHT - BOTTOM, TOP)
-    drawn = [
-        f'<g transform="translate({number * WIDTH} 20)">{_panel(label, points, y_ticks, y_scale, level)}</g>'
-        for number, (label, points) in enumerate(panels)
-    ]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {len(panels) * WIDTH} {HEIGHT + 20}" '
-        f'font-family="system-ui, sans-serif" font-size="12" fill="#808894"><style>{SCATTER_STYLE}</style>'
-        f'<text x="{LEFT - 30}" y="16">{escape(y_label)}</text>{"".join(drawn)}</svg>\n'
-    )
-
-
-def _panel(label: str, points: Sequence[Point], y_ticks: list[float], y_scale: _Scale, level: tuple[str, float]) -> str:
-    exponents = [math.log2(point.x) for point in points]
-    first = math.floor(min(exponents))
-    x_ticks = [float(e) for e in range(first, max(math.ceil(max(exponents)), first + 1) + 1)]
-    x_scale = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
-    parts = _grid([], y_ticks, x_scale, y_scale)
-    for e in x_ticks:
-        parts.append(f'<text x="{x_scale(e):.1f}" y="{HEIGHT - BOTTOM + 18}" class="axis mid">{_number(2**e)}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" class="axis mid">{escape(label)}</text>')
-    y = y_scale(level[1])
-    parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="level"/>')
-    parts.append(f'<text x="{LEFT + 4}" y="{y - 5:.1f}">{escape(level[0])}</text>')
-    taken = [(LEFT + 4, LEFT + 4 + _width(level[0]), y - 5)]
-    for point in sorted(points, key=lambda point: -point.y):
-        x, y = x_scale(math.log2(point.x)), y_scale(point.y)
-        low, high = y_scale(point.y - point.deviation), y_scale(point.y + point.deviation)
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" class="spread"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" class="point"/>')
-        parts.append(_name(point.name, x, y, taken))
-    return "".join(parts)
-
-
-def _name(name: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> str:
-    """A point's name beside it, inside the panel, lower where another name stands already: taken has left end, right
-    end and baseline of each."""
-    width = _width(name)
-    left = x + 8 if x + 8 + width < WIDTH else x - 8 - width
-    while any(left < end and begin < left + width and abs(y + 4 - line) < 13 for begin, end, line in taken):
-        y += 2
-    taken.append((left, left + width, y + 4))
-    return f'<text x="{left:.1f}" y="{y + 4:.1f}">{escape(name)}</text>'
-
-
-def _width(text: str) -> float:
-    """Pixels of a text, about."""
-    return 6.5 * len(text)
-
-
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) that span low .. high."""
-    if high <= low:
-        high = low + max(abs(low) * 0.1, 1e-3)
-    raw = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
-    return [round(number * step, 10) for number in range(first, last + 1)]
+    def svg(self) -> Markup:
+        """The drawing, to stand inside a page."""
+        with rc_context({**STYLE, **_colors(PAGE_COLORS["muted"], PAGE_COLORS["rule"])}):
+            figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+            axes = figure.add_axes((48 / WIDTH, 38 / HEIGHT, (WIDTH - 64) / WIDTH, (HEIGHT - 52) / HEIGHT))
+            for line in self.lines:
+                _draw(line, axes)
+            axes.set_xlabel(self.x_label, labelpad=2)
+            _set_ticks(axes)
+            root = _drawn(figure)
+        root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": self.title}
+        drawing = ET.tostring(root, encoding="unicode")
+        for name, color in PAGE_COLORS.items():
+            drawing = drawing.replace(color, f"var(--{name})")
+        return Markup(drawing)
 
 
 def _cleaned(line: Line) -> Line:
@@ -149,47 +134,123 @@ def _cleaned(line: Line) -> Line:
     return Line(line.name, [x for x, _ in kept], [y for _, y in kept], line.color, line.dashed)
 
 
-def _grid(x_ticks: list[float], y_ticks: list[float], x_scale: _Scale, y_scale: _Scale) -> list[str]:
-    parts = []
-    for value in y_ticks:
-        y = y_scale(value)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="axis end">{_number(value)}</text>')
-    for value in _with_start(x_ticks, x_scale.low):
-        if x_scale.low <= value <= x_scale.high:
-            x = x_scale(value)
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" class="axis mid">{_number(value)}</text>')
-    return parts
+def _colors(text: str, grid: str) -> dict[str, str]:
+    keys = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+    return dict.fromkeys(keys, text) | {"grid.color": grid}
 
 
-def _with_start(values: list[float], low: float) -> list[float]:
-    """The ticks, and where the axis starts, if the next tick leaves room for it: 1 before 5, 10, 15."""
-    later = [value for value in values if value > low]
-    return [low, *later] if later and later[0] - low > 0.45 * (values[1] - values[0]) else later
-
-
-def _path(line: Line, x_scale: _Scale, y_scale: _Scale) -> str:
-    points = [(x_scale(x), y_scale(y)) for x, y in zip(line.xs, line.ys, strict=True)]
-    marks = ""
-    if len(points) <= 20:
-        marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in points)
-        marks = f'<g style="fill:var(--{line.color})">{marks}</g>'
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{path}" class="line" {_stroke(line)}/>{marks}'
-
-
-def _legend(lines: list[Line]) -> str:
-    items = "".join(
-        f'<li><svg width="22" height="8"><line x1="0" x2="22" y1="4" y2="4" class="line" {_stroke(line)}/></svg>'
-        f"{escape(line.name)}</li>"
-        for line in lines
+def _draw(line: Line, axes: Axes) -> None:
+    axes.plot(
+        line.xs,
+        line.ys,
+        color=PAGE_COLORS[line.color],
+        linestyle=(0, (2.5, 2)) if line.dashed else "-",
+        linewidth=2,
+        marker="o" if len(line.xs) <= MARKED_POINTS else "",
+        markersize=MARKER,
+        markeredgewidth=0,
     )
-    return f'<ul class="legend">{items}</ul>'
 
 
-def _stroke(line: Line) -> str:
-    return f'style="stroke:var(--{line.color})"' + (' stroke-dasharray="5 4"' if line.dashed else "")
+def _set_ticks(axes: Axes) -> None:
+    """Round numbers that span the values; x starts and ends with the data, and says where if there is room for it."""
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.autoscale_view(scalex=False)
+    low, high = axes.dataLim.intervalx
+    axes.set_xlim(low, max(high, low + 1e-9))
+    later = [tick for tick in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high) if low < tick <= high]
+    room = len(later) > 1 and later[0] - low > 0.45 * (later[1] - later[0])
+    axes.set_xticks([low, *later] if room or len(later) < 2 else later)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+
+
+def scatter_charts(panels: Sequence[Panel], y_label: str, level: tuple[str, float]) -> str:
+    """An SVG file of its own, panels side by side: x in powers of two, y shared, `level` a dashed horizontal line.
+
+    The colours suit light and dark pages."""
+    with rc_context({**STYLE, **_colors(GREY, GREY), "grid.alpha": 0.25}):
+        figure = Figure(figsize=(len(panels) * WIDTH / 72, (HEIGHT + 20) / 72), dpi=72)
+        shared: Axes | None = None
+        for number, panel in enumerate(panels):
+            left, width = (number * WIDTH + 48) / (len(panels) * WIDTH), (WIDTH - 64) / (len(panels) * WIDTH)
+            axes = figure.add_axes((left, 38 / (HEIGHT + 20), width, (HEIGHT - 52) / (HEIGHT + 20)), sharey=shared)
+            shared = shared or axes
+            _draw_panel(panel, axes, level)
+        figure.text(18 / (len(panels) * WIDTH), 1 - 16 / (HEIGHT + 20), y_label)
+        for axes, panel in zip(figure.axes, panels, strict=True):  # once the shared scale is known
+            _name_points(panel, axes, level)
+        root = _drawn(figure)
+        root.attrib = {"xmlns": SVG, "viewBox": root.attrib["viewBox"], "font-family": "system-ui, sans-serif"}
+        return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _draw_panel(panel: Panel, axes: Axes, level: tuple[str, float]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.axhline(level[1], color=GREY, linestyle=(0, (5, 4)), linewidth=1)
+    for point in panel.points:
+        spread = (point.y - point.deviation, point.y + point.deviation)
+        axes.plot((point.x, point.x), spread, color=BLUE, linewidth=1.5)
+        axes.plot(point.x, point.y, color=BLUE, marker="o", markersize=MARKER, markeredgewidth=0)
+    exponents = [math.log2(point.x) for point in panel.points]
+    first = math.floor(min(exponents))
+    last = max(math.ceil(max(exponents)), first + 1)
+    axes.set_xlim(2.0**first, 2.0**last)
+    axes.set_xticks([2.0**exponent for exponent in range(first, last + 1)])
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.autoscale_view(scalex=False)
+    axes.set_xlabel(panel.x_label, labelpad=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+
+
+def _name_points(panel: Panel, axes: Axes, level: tuple[str, float]) -> None:
+    """Each point's name beside it, inside the panel, and lower where another name stands already."""
+    renderer = FigureCanvasAgg(axes.figure).get_renderer()
+    taken = [axes.text(axes.get_xlim()[0], level[1], f" {level[0]}", va="bottom").get_window_extent(renderer)]
+    end = axes.get_window_extent(renderer).x1 + 16
+    for point in sorted(panel.points, key=lambda point: -point.y):
+        name = axes.annotate(
+            point.name, (point.x, point.y), xytext=(8, 0), textcoords="offset points", va="center", ha="left"
+        )
+        if name.get_window_extent(renderer).x1 > end:
+            name.set(ha="right", position=(-8, 0))
+        while any(_overlap(name.get_window_extent(renderer), other) for other in taken):
+            name.set_position((name.get_position()[0], name.get_position()[1] - 2))
+        taken.append(name.get_window_extent(renderer))
+
+
+def _overlap(one: Bbox, other: Bbox) -> bool:
+    return one.x0 < other.x1 and other.x0 < one.x1 and one.y0 < other.y1 and other.y0 < one.y1
+
+
+def _drawn(figure: Figure) -> ET.Element:
+    """The figure as SVG, reduced to what is seen."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    root = _plain(ET.fromstring(stream.getvalue()))
+    assert root is not None, "an svg element is kept"
+    return root
+
+
+def _plain(element: ET.Element) -> ET.Element | None:
+    """An element without ids, which charts of one page would share, without namespaces, clipping and fonts, and with
+    circles for references to a marker; None where nothing of it is seen."""
+    tag = element.tag.rpartition("}")[2]
+    if tag == "use":
+        place = {"cx": element.attrib["x"], "cy": element.attrib["y"], "r": f"{MARKER / 2:g}"}
+        return ET.Element("circle", place | {"style": element.attrib["style"]})
+    kept = {name: value for name, value in element.items() if name in ("d", "x", "y", "viewBox")}
+    if style := element.get("style", "").replace(FONT, ""):
+        kept["style"] = style
+    plain = ET.Element(tag, kept)
+    plain.extend(part for part in map(_plain, element) if part is not None)
+    if tag == "text":
+        plain.text = element.text
+    seen = tag in ("svg", "path", "text") or len(plain)
+    return plain if seen and tag not in ("metadata", "defs") and style != "fill: none" else None

@@ -14,10 +14,12 @@ from eccv_caption import Metrics
 
 from data.caption_datasets import CaptionDataset, load_annotations
 from evaluation import eccv
-from evaluation.eccv import DEPTH, CocoIds, add_extended_figures, may_be_coco_test, read_coco_ids
+from evaluation.eccv import DEPTH, CocoIds, may_be_coco_test, read_coco_ids, with_extended_figures
 from evaluation.evaluate_retrieval import Source, find_coco_ids
-from evaluation.output import markdown_table, results_json
+from evaluation.figures import EvaluationRecord
+from evaluation.output import evaluation_record
 from evaluation.results import DirectionResults, Results
+from evaluation.tables import markdown_table
 from models.distributed import DistributedContext
 from models.errors import UserError
 
@@ -93,14 +95,13 @@ def results(dataset) -> Results:
     )
 
 
-def figures(results: Results, ids: CocoIds) -> dict:
-    summary = results_json(results, "runs/x", "coco", "test")
-    add_extended_figures(summary, results, ids)
-    return summary
+def figures(results: Results, ids: CocoIds) -> EvaluationRecord:
+    return with_extended_figures(evaluation_record(results, "runs/x", "coco", "test"), results, ids)
 
 
 def test_figures_are_the_packages_own_on_the_same_rankings(truth, dataset, ids, results):
-    summary = figures(results, ids)
+    record = figures(results, ids)
+    summary = record.to_json()
     known = set(truth.coco_ids.tolist())
     for column in ("embedding", "reranked"):
         t2i, i2t = {}, {}
@@ -115,7 +116,7 @@ def test_figures_are_the_packages_own_on_the_same_rankings(truth, dataset, ids, 
                 assert summary[way][column]["eccv"][ours] == pytest.approx(100 * theirs[name][way])
     # Ours of 25,010 captions and 5,000 images: the package leaves ten captions out.
     assert summary["t2i"]["reranked"]["eccv"]["COCO R@1"] == pytest.approx(summary["t2i"]["reranked"]["R@1"], abs=0.05)
-    assert "| ECCV Caption" in markdown_table([summary])
+    assert "| ECCV Caption" in markdown_table([record])
 
 
 def test_one_right_answer_in_front_of_wrong_ones_gives_one_in_r(truth, ids, results):
@@ -137,7 +138,7 @@ def test_one_right_answer_in_front_of_wrong_ones_gives_one_in_r(truth, ids, resu
         t2i=first_right(results.t2i, extended["t2i"], captions, images),
         i2t=first_right(results.i2t, extended["i2t"], images, captions),
     )
-    summary = figures(changed, ids)
+    summary = figures(changed, ids).to_json()
     for way in ("t2i", "i2t"):
         found = summary[way]["reranked"]["eccv"]
         expected = 100 * np.mean([1 / len(answers) for answers in extended[way].values()])

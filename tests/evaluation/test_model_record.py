@@ -26,10 +26,10 @@ def write_run(root: Path, name: str, annotations: str | list[str], **model: str)
 
 def test_sizes_are_those_of_the_model(model, tmp_path):
     record = model_record(model, tmp_path, "coco")
-    assert (record["adapter"], record["vision_tokens"], record["bytes_per_image"]) == ("compression", 4, 4 * 16 * 2)
-    assert (record["joint_layers"], record["joint_width"]) == (2, 16)
+    assert (record.adapter, record.vision_tokens, record.bytes_per_image) == ("compression", 4, 4 * 16 * 2)
+    assert (record.joint_layers, record.joint_width) == (2, 16)
     stored = model.encoder.state_dict(keep_vars=True).values()
-    assert record["joint_parameters"] == sum({id(p): p.numel() for p in stored if p.requires_grad}.values())
+    assert record.joint_parameters == sum({id(p): p.numel() for p in stored if p.requires_grad}.values())
 
 
 @pytest.mark.parametrize(
@@ -44,22 +44,22 @@ def test_zero_shot_is_a_data_set_that_no_run_of_the_line_was_trained_on(model, t
     first = write_run(tmp_path, "first", ["lists/cc3m.json", "lists/vg.json"], encoder_weights="MiniLM")
     second = write_run(tmp_path, "second", "dataset_coco.json", init_from=str(first / "checkpoints" / "step-1"))
     record = model_record(model, second, dataset)
-    assert record["trained_on"] == ["dataset_coco.json", "cc3m.json", "vg.json"]
-    assert record["setting"] == setting and record["joint_encoder"] == "MiniLM"
+    assert record.trained_on == ["dataset_coco.json", "cc3m.json", "vg.json"]
+    assert record.setting == setting and record.joint_encoder == "MiniLM"
 
 
 def test_a_lost_config_makes_the_setting_unknown_unless_a_known_file_or_the_user_tells(model, tmp_path):
     run = write_run(tmp_path, "run", "dataset_coco.json", init_from=str(tmp_path / "lost"))
-    assert model_record(model, run, "flickr30k")["setting"] == "unknown"
-    assert model_record(model, run, "coco")["setting"] == "fine-tuned"
-    assert model_record(model, run, "flickr30k", "zero-shot")["setting"] == "zero-shot"
-    assert model_record(model, tmp_path / "lost", "coco")["trained_on"] == []
+    assert model_record(model, run, "flickr30k").setting == "unknown"
+    assert model_record(model, run, "coco").setting == "fine-tuned"
+    assert model_record(model, run, "flickr30k", "zero-shot").setting == "zero-shot"
+    assert model_record(model, tmp_path / "lost", "coco").trained_on == []
 
 
 def test_runs_that_lead_back_to_each_other_end(model, tmp_path):
     run = write_run(tmp_path, "run", "a.json", init_from=str(tmp_path / "other"))
     write_run(tmp_path, "other", "b.json", init_from=str(run))
-    assert model_record(model, run, "coco")["trained_on"] == ["a.json", "b.json"]
+    assert model_record(model, run, "coco").trained_on == ["a.json", "b.json"]
 
 
 def test_names_of_data_sets_and_runs(tmp_path):

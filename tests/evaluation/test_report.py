@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
@@ -15,14 +16,17 @@ import pytest
 from PIL import Image
 
 from data.caption_datasets import CaptionDataset, load_annotations
-from evaluation.output import read_rankings, results_json, write_results
-from evaluation.report.charts import Line, line_chart, ticks
+from evaluation.figures import read_results
+from evaluation.output import evaluation_record, read_rankings, write_results
+from evaluation.report.__main__ import main
+from evaluation.report.charts import Line, LineChart, Panel, Point, scatter_charts
+from evaluation.report.curves import LOSSES
 from evaluation.report.examples import pick_examples
-from evaluation.report.report import LOSSES, main, write_report
+from evaluation.report.page import write_report
 from evaluation.results import DirectionResults, Results
 from models.errors import UserError
 
-VOID = {"img", "meta", "br", "circle", "line", "polyline"}
+VOID = {"img", "meta", "br", "circle", "path"}
 
 
 def random_direction(seed: int, query_image: np.ndarray, item_image: np.ndarray) -> DirectionResults:
@@ -57,12 +61,12 @@ def results(dataset: CaptionDataset) -> Results:
 @pytest.fixture
 def out(tmp_path: Path, results: Results, dataset: CaptionDataset) -> Path:
     """A directory as evaluate_retrieval.py leaves it."""
-    summary = results_json(results, "runs/<b>/checkpoint", "data/dataset_scenes.json", "test")
-    write_results(tmp_path, results, dataset, summary)
+    record = evaluation_record(results, "runs/<b>/checkpoint", "data/dataset_scenes.json", "test")
+    write_results(tmp_path, results, dataset, record)
     losses = dict.fromkeys(LOSSES, 1.0)
     metrics = [{"step": step, **losses, "itm": 2.0 / step, "val/t2i/fused/R@1": 10.0 * step} for step in range(1, 5)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)) + '\n{"step": 5, "it')
-    write_report(tmp_path, summary, results, dataset, tmp_path / "metrics.jsonl")
+    write_report(tmp_path, record, results, dataset, tmp_path / "metrics.jsonl")
     return tmp_path
 
 
@@ -96,9 +100,9 @@ def test_the_page_is_well_formed_and_needs_no_network(out):
 
 def test_page_and_table_name_data_split_counts_pool_folds_and_scores(results, dataset, tmp_path):
     folded = replace(results, t2i=replace(results.t2i, folds=4), i2t=replace(results.i2t, folds=4))
-    summary = results_json(folded, "runs/x", "data/scenes.json", "train")
-    write_results(tmp_path, folded, dataset, summary)
-    write_report(tmp_path, summary, folded, dataset)
+    record = evaluation_record(folded, "runs/x", "data/scenes.json", "train")
+    write_results(tmp_path, folded, dataset, record)
+    write_report(tmp_path, record, folded, dataset)
     expected = (
         "data/scenes.json, train split: 48 images, 240 captions; the embedding's first k = 8 candidates of each query "
         "reranked; 4 folds of 12 images, each its own gallery, figures averaged; EDJE by the match logit alone, or "
@@ -109,20 +113,22 @@ def test_page_and_table_name_data_split_counts_pool_folds_and_scores(results, da
 
 
 def test_the_page_shows_figures_by_the_extended_ground_truth_where_there_are(results, dataset, tmp_path):
-    summary = results_json(results, "runs/x", "coco", "test")
-    assert "mAP@R" not in write_report(tmp_path, summary, results, dataset).read_text()
-    for number, part in enumerate(summary[way][column] for way in ("t2i", "i2t") for column in results.t2i.columns):
+    record = evaluation_record(results, "runs/x", "coco", "test")
+    assert "mAP@R" not in write_report(tmp_path, record, results, dataset).read_text()
+    document = record.to_json()
+    for number, part in enumerate(document[way][column] for way in ("t2i", "i2t") for column in results.t2i.columns):
         part["eccv"] = {"mAP@R": 31.0 + number, "R-Precision": 41.0, "R@1": 51.0, "COCO R@1": 61.0}
-    page = write_report(tmp_path, summary, results, dataset).read_text()
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    page = write_report(tmp_path, read_results(tmp_path / "results.json"), results, dataset).read_text()
     assert "<th>mAP@R</th>" in page and all(f"<td>{31.0 + number}</td>" in page for number in range(6))
 
 
-def test_the_page_shows_numbers_of_results_json_and_escapes_names(out):
+def test_the_page_shows_numbers_of_evaluation_record_and_escapes_names(out):
     page, summary = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
     for direction in ("t2i", "i2t"):
         for column in ("embedding", "reranked", "fused"):
             assert f">{summary[direction][column]['R@5']:.1f}</td>" in page
-            assert f"<td>{summary[direction][column]['median_rank']:g}</td>" in page
+            assert f">{summary[direction][column]['median_rank']:g}</td>" in page
     assert all(f">{value:.1f}</td>" in page for value in summary["rsum"].values())
     assert "runs/&lt;b&gt;/checkpoint" in page
     assert "Validation, text to image" in page
@@ -160,7 +166,7 @@ def test_rankings_read_back_draw_the_same_report(out):
 
 def test_rankings_read_back_are_those_that_were_written(out, results, dataset):
     again, same_dataset = read_rankings(out / "rankings.npz")
-    assert again.summary() == results.summary()
+    assert again.figures().to_json() == results.figures().to_json()
     assert same_dataset.captions == dataset.captions and same_dataset.path(3) == dataset.path(3)
 
 
@@ -176,16 +182,53 @@ def test_the_teaser_is_a_picture(out):
         assert teaser.size == (1200, 640)
 
 
-@pytest.mark.parametrize("low, high", [(0.0, 1.0), (38.2, 64.8), (-3.0, 17.0), (1e-4, 9e-4), (5.0, 5.0), (0, 2500)])
-def test_ticks_are_few_even_and_span_the_values(low, high):
-    values = ticks(low, high)
-    steps = np.diff(values)
-    assert values[0] <= low + 1e-9 and values[-1] >= high - 1e-9 and 2 <= len(values) <= 9
-    np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
-    assert round(steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9), 6) in (1, 2, 5)
+def test_captions_and_file_names_are_text_on_the_page(results, dataset, tmp_path):
+    evil = '"><script>alert(1)</script>'
+    named = replace(dataset, image_ids=[f"{evil}{name}" for name in dataset.image_ids])
+    shown = replace(named, captions=[f"{evil}{caption}" for caption in dataset.captions])
+    for image, evil_name in zip(dataset.image_ids, shown.image_ids, strict=True):
+        (tmp_path / evil_name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / evil_name).write_bytes((dataset.root / image).read_bytes())
+    shown = replace(shown, root=tmp_path)
+    record = replace(evaluation_record(results, "runs/x", f"data/{evil}.json", "test"), split=evil)
+    page = write_report(tmp_path, record, results, shown).read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;alert(1)") > 10 and '<img src="data:image/' in page
+    parser = BalancedTags()
+    parser.feed(page)
+    assert not parser.open
 
 
-def test_a_chart_leaves_out_what_is_not_finite_and_an_empty_one_is_nothing():
-    assert line_chart([Line("a", [1.0], [math.nan], "accent")], "t", "x", "y") == ""
-    chart = line_chart([Line("a", [1, 2, 3], [1.0, math.nan, 2.0], "accent")], "t", "x", "y")
+def test_a_chart_leaves_out_what_is_not_finite_and_an_empty_one_has_no_lines():
+    assert LineChart("t", "x", "y", [Line("a", [1.0], [math.nan], "accent")]).lines == []
+    chart = LineChart("t", "x", "y", [Line("a", [1, 2, 3], [1.0, math.nan, 2.0], "accent")]).svg()
     assert "nan" not in chart and chart.count("<circle") == 2
+
+
+def test_a_chart_takes_its_colours_from_the_page_spans_its_values_and_has_nothing_that_charts_share():
+    chart = LineChart("<t>", "steps & more", "%", [Line("a", [1, 40, 90], [38.2, 50.0, 64.8], "accent")]).svg()
+    assert "var(--accent)" in chart and "var(--muted)" in chart and "#0000" not in chart
+    assert not re.search(r'id="|href|url\(|xmlns|font-family', chart)
+    texts = [text.text for text in ET.fromstring(chart).iter("text")]
+    assert texts == ["1", "20", "40", "60", "80", "steps & more", "35", "40", "45", "50", "55", "60", "65"]
+    assert 'aria-label="&lt;t&gt;"' in chart
+
+
+def test_names_of_points_do_not_overlap_and_all_lies_inside():
+    points = [Point(f"m{i}", 4096.0, 80.0 + i / 10, 0.5) for i in range(6)]
+    points += [Point("long_name_before", 3500.0, 80.55, 0.0), Point("long_name", 16384.0, 90.0, 0.0)]
+    file = scatter_charts([Panel("bytes", points)], "R@1", ("embedding", 71.0))
+    assert file == scatter_charts([Panel("bytes", points)], "R@1", ("embedding", 71.0))
+    svg = ET.fromstring(file)
+    _, _, width, height = map(float, svg.get("viewBox").split())
+    texts = [t for t in svg.iter("{http://www.w3.org/2000/svg}text") if t.text.startswith(("m", "long"))]
+    assert len(texts) == 8
+    boxes = []
+    for text in texts:
+        anchor = re.search(r"text-anchor: (\w+)", text.get("style"))
+        length = 6.5 * len(text.text)  # pixels, about
+        left = float(text.get("x")) - (length if anchor and anchor[1] == "end" else 0)
+        boxes.append((left, left + length, float(text.get("y"))))
+    for number, (left, right, line) in enumerate(boxes):
+        assert 0 < left and right < width + 1 and 0 < line < height
+        for other_left, other_right, other_line in boxes[:number]:
+            assert left >= other_right or other_left >= right or abs(line - other_line) >= 12

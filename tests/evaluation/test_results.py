@@ -86,9 +86,9 @@ def test_fused_goes_from_the_logits_order_to_the_embeddings():
 
 
 def test_without_lambda_there_is_no_fused_column():
-    summary = random_results(0).summary()
+    summary = random_results(0).figures().to_json()
     assert "fused" not in summary["t2i"] and not any(key.startswith("fused") for key in summary["i2t"])
-    assert random_results(0).with_lambda(2.0).summary()["t2i"]["fused"]["lambda"] == 2.0
+    assert random_results(0).with_lambda(2.0).figures().to_json()["t2i"]["fused"]["lambda"] == 2.0
 
 
 def test_a_subset_has_its_own_queries_and_the_whole_gallery():
@@ -98,12 +98,12 @@ def test_a_subset_has_its_own_queries_and_the_whole_gallery():
     assert len(part.t2i.query_image) == 8 * 5 and len(part.i2t.query_image) == 8
     assert len(part.t2i.item_image) == NUM_IMAGES
     np.testing.assert_array_equal(part.i2t.logits, results.i2t.logits[part.i2t.query_image])
-    assert list(results.summary()["subsets"]) == ["red"]
+    assert results.subset_names() == ["red"]
 
 
 def test_rsum_is_the_sum_of_the_six_recalls_of_a_column():
-    summary = random_results(2).with_lambda(1.0).summary()
-    for part in (summary, summary["subsets"]["red"]):
+    results = random_results(2).with_lambda(1.0)
+    for part in (results.figures().to_json(), results.subset("red").figures().to_json()):
         for column in ("embedding", "reranked", "fused"):
             six = [part[direction][column][f"R@{k}"] for direction in ("t2i", "i2t") for k in (1, 5, 10)]
             assert part["rsum"][column] == pytest.approx(sum(six))
@@ -112,7 +112,7 @@ def test_rsum_is_the_sum_of_the_six_recalls_of_a_column():
 def test_pool_ceiling_is_what_a_perfect_reranker_reaches():
     part = random_results(3).t2i
     perfect = replace(part, logits=part.hits("embedding")[:, :K].astype(np.float32))
-    assert perfect.summary()["reranked"]["R@1"] == part.summary()["pool_ceiling"]
+    assert perfect.figures().to_json()["reranked"]["R@1"] == part.figures().to_json()["pool_ceiling"]
 
 
 def with_scores(results: Results, logits: str, similarities: str) -> Results:

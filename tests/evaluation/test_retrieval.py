@@ -116,7 +116,7 @@ def test_logits_do_not_depend_on_the_size_of_the_micro_batch(model, backbone, da
 
 
 def test_recall_at_k_is_the_embeddings_own(model, backbone, dataset):
-    summary = float32_results(model, backbone, dataset, k=5).summary()
+    summary = float32_results(model, backbone, dataset, k=5).figures().to_json()
     for direction in ("t2i", "i2t"):
         part = summary[direction]
         for name in ("R@5", "R@10"):
@@ -211,13 +211,13 @@ def test_figures_of_folds_are_the_means_of_evaluations_of_each_fold_alone(model,
     for direction in ("t2i", "i2t"):
         ours, parts = getattr(together, direction), [getattr(results, direction) for results in alone]
         np.testing.assert_allclose(ours.logits, np.concatenate([part.logits for part in parts]), atol=1e-5)
-        summary, summaries = ours.summary(), [part.summary() for part in parts]
+        summary, summaries = ours.figures().to_json(), [part.figures().to_json() for part in parts]
         for column in ("embedding", "reranked", "fused"):
             for name, value in summary[column].items():
                 assert value == pytest.approx(np.mean([s[column][name] for s in summaries]))
         assert summary["pool_ceiling"] == pytest.approx(np.mean([s["pool_ceiling"] for s in summaries]))
         assert summary["helped"] == sum(s["helped"] for s in summaries)
-    assert together.summary()["folds"] == 4 and together.summary()["images"] == 48
+    assert together.t2i.folds == 4 and together.num_images == 48
 
 
 def copy_with_lambda(model: EDJE, fusion_lambda: float) -> EDJE:
@@ -231,7 +231,7 @@ def test_folds_of_the_embedding_give_the_recall_of_eccv_captions_5_fold_protocol
     gallery = build_gallery(model, backbone, dataset, ALONE)
     whole = gallery.text_embeddings.double() @ gallery.image_embeddings.double().T
     rankings = dict(enumerate((-whole.float()).argsort(dim=1, stable=True).tolist()))
-    folded = float32_results(model, backbone, dataset, k=5, folds=4).t2i.summary()["embedding"]
+    folded = float32_results(model, backbone, dataset, k=5, folds=4).t2i.figures().to_json()["embedding"]
     for k in (1, 5, 10):
         of_folds = []
         for first in range(0, 48, 12):

@@ -12,7 +12,7 @@ import pytest
 
 from data.caption_datasets import CaptionDataset
 from evaluation.metrics import recall_at_k
-from evaluation.output import results_json, write_results
+from evaluation.output import evaluation_record, write_results
 from evaluation.results import DirectionResults, Results
 
 IMAGES = ["a b.jpg", "val/100%.jpg", "x#0", "x", "é\u00a0ü\t.png", "six.jpg"]
@@ -54,7 +54,7 @@ def dataset(results) -> CaptionDataset:
 
 
 def write(out: Path, results: Results, dataset: CaptionDataset) -> None:
-    write_results(out, results, dataset, results_json(results, "runs/x", "x.json", "test"))
+    write_results(out, results, dataset, evaluation_record(results, "runs/x", "x.json", "test"))
 
 
 def read_run(path: Path) -> dict[str, list[str]]:

@@ -1,12 +1,10 @@
 """Ablations as a user runs them: every config trained and evaluated once, what is done skipped, noise called noise."""
 
 import json
-import xml.etree.ElementTree as ET
 
 import pytest
 import yaml
 
-from evaluation.report.charts import Point, scatter_charts
 from scripts.ablate import difference
 from tests.processes import ROOT, run_script
 
@@ -70,20 +68,3 @@ def test_a_config_that_fails_is_named(tmp_path):
     done = run_script("scripts/ablate.py", config, "--out", tmp_path / "out")
     assert done.returncode == 2 and "training.steps is 0" in done.stderr
     assert f"{config}: train.py ended with exit status 2" in done.stderr.splitlines()[-1]
-
-
-def test_names_of_points_do_not_overlap_and_all_lies_inside():
-    points = [Point(f"m{i}", 4096.0, 80.0 + i / 10, 0.5) for i in range(6)]
-    points += [Point("long_name_before", 3500.0, 80.55, 0.0), Point("long_name", 16384.0, 90.0, 0.0)]
-    svg = ET.fromstring(scatter_charts([("bytes", points)], "R@1", ("embedding", 71.0)))
-    _, _, width, height = map(float, svg.get("viewBox").split())
-    texts = [t for t in svg.iter("{http://www.w3.org/2000/svg}text") if t.text.startswith(("m", "long"))]
-    places = [(float(t.get("x")), float(t.get("y"))) for t in texts]
-    assert len(places) == 8
-    assert all(
-        0 < x < width - 6.5 * len(t.text) + 1 and 0 < y < height for (x, y), t in zip(places, texts, strict=True)
-    )
-    ends = [x + 6.5 * len(t.text) for (x, _), t in zip(places, texts, strict=True)]
-    for i, (x, y) in enumerate(places):
-        for j, (other, line) in enumerate(places[:i]):
-            assert x >= ends[j] or other >= ends[i] or abs(y - line) >= 13, (texts[i].text, texts[j].text)

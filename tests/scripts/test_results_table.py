@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 
+from evaluation.figures import read_results
 from models.errors import UserError
-from scripts.results_table import PAPER, paper_tables, read_results, table
+from scripts.results_table import PAPER, comparison, paper_tables, table
 from tests.processes import ROOT, run_script
 
 SCRIPT = "scripts/results_table.py"
@@ -23,26 +25,30 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
 
 
-def test_files_of_before_folds_are_of_whole_splits():
-    older, newer = read_results(SEEDS[0]), read_results(SEEDS[1])
-    with_folds = table([older, newer], with_subsets=False)
-    del older["folds"]
+def test_files_of_before_folds_are_of_whole_splits(tmp_path):
+    newer = read_results(SEEDS[1])
+    with_folds = table([read_results(SEEDS[0]), newer], with_subsets=False)
+    document = json.loads(SEEDS[0].read_text())
+    del document["folds"]
+    older = read_results(write(tmp_path, "older", document))
     assert table([older, newer], with_subsets=False) == with_folds
     with pytest.raises(UserError, match="results differ in folds"):
-        table([older, newer | {"folds": 5}], with_subsets=False)
+        table([older, replace(newer, folds=5)], with_subsets=False)
 
 
-def test_seeds_are_averaged_and_the_protocol_is_named():
+def test_seeds_are_averaged_and_the_protocol_is_named(tmp_path):
     seeds = [read_results(path) for path in SEEDS]
     text = table(seeds, with_subsets=True)
-    recalls = [seed["t2i"]["fused"]["R@1"] for seed in seeds]
+    recalls = [seed.figures.t2i.columns["fused"].metrics["R@1"] for seed in seeds]
     fused = next(row for row in cells(text) if row[:2] == ["text to image", "EDJE, logit + λ × cosine"])
     assert fused[2] == f"{statistics.mean(recalls):.1f} ± {statistics.stdev(recalls):.1f}"
-    sums = [seed["rsum"]["fused"] for seed in seeds]
+    sums = [seed.figures.rsum["fused"] for seed in seeds]
     assert fused[6] == f"{statistics.mean(sums):.1f} ± {statistics.stdev(sums):.1f}"
-    seeds[1]["model"]["residual_similarity"] = 41.63
+    seeds[1] = replace(seeds[1], model=replace(seeds[1].model, residual_similarity=41.63))
     assert "match logit alone, which contains the first stage's cosine, learned weight 0, 41.6" in table(seeds, False)
-    del seeds[1]["rsum"]  # as evaluations wrote before
+    document = json.loads(SEEDS[1].read_text())
+    del document["rsum"]  # as evaluations wrote before
+    seeds[1] = read_results(write(tmp_path, "older", document))
     older = cells(table(seeds, with_subsets=True))
     assert next(row for row in older if row[:2] == fused[:2])[6] == "–"
     assert "500 images, 2,500 captions" in text and "k = 10" in text and "3 seeds" in text
@@ -53,7 +59,26 @@ def test_seeds_are_averaged_and_the_protocol_is_named():
 def test_results_of_different_protocols_are_not_averaged(key, value):
     first = read_results(SEEDS[0])
     with pytest.raises(UserError, match=f"results differ in {key}"):
-        table([first, {**first, key: value}], with_subsets=False)
+        table([first, replace(first, **{key: value})], with_subsets=False)
+
+
+def test_experiments_stand_side_by_side():
+    folder = SEEDS[0].parents[1]
+    rows = cells(comparison([folder / "demo", folder / "emoji_frozen"]))
+    seeds = [read_results(path).figures.i2t.columns["fused"].metrics["R@1"] for path in SEEDS]
+    assert [row[:2] for row in rows[2:]] == [
+        [n, d] for n in ("demo", "emoji_frozen") for d in ("text to image", "image to text")
+    ]
+    assert (
+        rows[3][2:4] == ["500", "3"] and rows[3][6] == f"{statistics.mean(seeds):.1f} ± {statistics.stdev(seeds):.1f}"
+    )
+
+
+def test_a_record_is_written_as_it_was_read():
+    for path in SEEDS:
+        document = json.loads(path.read_text())
+        assert read_results(path).to_json() == document
+        assert list(read_results(path).to_json()) == list(document)
 
 
 def test_another_json_file_is_refused_in_one_line(tmp_path):
@@ -106,7 +131,7 @@ def test_one_file_is_not_two_seeds(tmp_path):
 
 def test_seeds_of_other_subsets_are_not_put_into_one_table():
     first, second = (read_results(path) for path in SEEDS[:2])
-    del second["subsets"]
+    second = replace(second, subsets={})
     with pytest.raises(UserError, match="results differ in subsets"):
         table([first, second], with_subsets=True)
     assert "2 seeds" in table([first, second], with_subsets=False)
@@ -142,9 +167,11 @@ def result(reranked: float, **changed: Any) -> dict[str, Any]:
     return found
 
 
-def write(root: Path, name: str, content: dict[str, Any]) -> None:
+def write(root: Path, name: str, content: dict[str, Any]) -> Path:
     (root / name).mkdir(parents=True)
-    (root / name / "results.json").write_text(json.dumps(content))
+    file = root / name / "results.json"
+    file.write_text(json.dumps(content))
+    return file
 
 
 def section(text: str, title: str) -> list[list[str]]:
@@ -230,6 +257,10 @@ def test_the_command_prints_the_papers_tables_and_refuses_an_empty_folder(tmp_pa
     ended = run_script(SCRIPT, "--paper", tmp_path / "runs")
     assert ended.returncode == 0 and "86.0/92.2/93.0" in ended.stdout
     (tmp_path / "empty").mkdir()
-    for arguments, problem in ((("--paper", tmp_path / "empty"), "no results.json in it"), ((), "or --paper DIR")):
+    for arguments, problem in (
+        (("--paper", tmp_path / "empty"), "no results.json in it"),
+        ((), "or --paper DIR"),
+        (("--compare", tmp_path / "empty"), "no seed"),
+    ):
         ended = run_script(SCRIPT, *arguments)
         assert ended.returncode == 2 and problem in ended.stderr and "Traceback" not in ended.stderr

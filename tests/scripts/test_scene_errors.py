@@ -7,7 +7,7 @@ from subprocess import CompletedProcess
 import numpy as np
 
 from data.caption_datasets import CaptionDataset
-from evaluation.output import results_json, write_results
+from evaluation.output import evaluation_record, write_results
 from evaluation.results import DirectionResults, Results
 from scripts.scene_errors import count_errors, difference
 from tests.processes import run_script
@@ -69,7 +69,7 @@ def test_the_command_prints_a_table_and_refuses_other_files_in_one_line(tmp_path
     reverse = replace(found.of_queries(np.arange(4)), query_image=np.arange(4), item_image=CAPTION_IMAGE)
     seconds = {"backbone": 0.0, "compress": 0.0, "rerank": 1.0}
     results = Results(t2i=found, i2t=reverse, image_subsets=dataset.subsets, seconds=seconds, precision="float32")
-    write_results(tmp_path, results, dataset, results_json(results, "runs/x", "scenes.json", "test"))
+    write_results(tmp_path, results, dataset, evaluation_record(results, "runs/x", "scenes.json", "test"))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "rankings.npz").read_bytes()[:200])
     images = [{"filepath": "", "filename": name, "scene": s} for name, s in SCENES.items()]
     (tmp_path / "scenes.json").write_text(json.dumps({"images": images}))
