@@ -46,9 +46,10 @@ def build_optimizer(model: EDJE, config: TrainingConfig) -> torch.optim.AdamW:
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            in_encoder = name.startswith("encoder.") and config.encoder_lr is not None
+            in_encoder = name.startswith("encoder.")
             decays = parameter.ndim > 1 and not name.startswith("adapter.query")
-            key = (config.encoder_lr if in_encoder else config.lr, config.weight_decay if decays else 0.0)
+            rate = config.encoder_lr if in_encoder and config.encoder_lr is not None else config.lr
+            key = (rate, config.weight_decay if decays else 0.0)
             groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [{"params": p, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
@@ -185,8 +186,10 @@ def train(
 def _as_built(config: RunConfig, model: EDJE) -> RunConfig:
     """The configuration with the sizes of the model itself, where weights brought their own."""
     built = model.config
-    sizes = {"adapter": built.adapter, "encoder": built.encoder, "max_caption_tokens": built.max_caption_tokens}
-    return replace(config, model=replace(config.model, **sizes))
+    model_config = replace(
+        config.model, adapter=built.adapter, encoder=built.encoder, max_caption_tokens=built.max_caption_tokens
+    )
+    return replace(config, model=model_config)
 
 
 def optimizer_step(

@@ -6,6 +6,7 @@ import json
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -14,6 +15,9 @@ from models.distributed import DistributedContext
 from models.files import write_atomically
 
 from .objectives import StepLosses
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLog:
@@ -60,7 +64,8 @@ class RunLog:
 
     def evaluation(self, step: int, results: Results) -> None:
         """Recalls of a validation, as val/t2i/reranked/R@1 and so on, in percent."""
-        recalls, line = {}, []
+        recalls: dict[str, float] = {}
+        line = []
         for direction, found in results.figures().directions().items():
             for column, figures in found.columns.items():
                 recalls |= {f"val/{direction}/{column}/{name}": value for name, value in figures.numbers().items()}
@@ -103,7 +108,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     write_atomically(path, "".join(kept))
 
 
-def _summary_writer(directory: Path, first_step: int):
+def _summary_writer(directory: Path, first_step: int) -> SummaryWriter | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

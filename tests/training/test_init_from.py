@@ -43,7 +43,7 @@ def built_from(checkpoint: Path, run_config: Path, backbone: Backbone, *override
 
 CONTRADICTIONS = [
     ("model.max_caption_tokens", 64, 40),
-    ("model.encoder.hidden_size", 32, 16),
+    ("model.encoder.intermediate_size", 64, 32),
     ("model.encoder.num_layers", 4, 2),
     ("model.adapter.num_tokens", 8, 4),
     ("model.adapter.kind", "local", "compression"),
