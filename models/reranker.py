@@ -198,5 +198,5 @@ def _distinct(items: list, key: Callable[[object], Hashable]) -> tuple[list, Ten
     """Each item once, and the place of every given one among them, [n] int64."""
     places: dict[Hashable, int] = {}
     index = [places.setdefault(key(item), len(places)) for item in items]
-    distinct = {place: item for place, item in zip(index, items, strict=True)}
+    distinct = dict(zip(index, items, strict=True))
     return [distinct[place] for place in range(len(places))], torch.tensor(index)

@@ -22,17 +22,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-from benchmarks.data import benchmark_lists, benchmark_shards  # noqa: E402
-from benchmarks.rerank import benchmark_rerank  # noqa: E402
-from benchmarks.store import benchmark_store  # noqa: E402
-from benchmarks.tables import read_record, side_by_side, whole  # noqa: E402
-from benchmarks.timing import environment  # noqa: E402
-from benchmarks.train import benchmark_train  # noqa: E402
-from models.distributed import pick_device  # noqa: E402
-from models.errors import UserError, run_entry_point  # noqa: E402
-from models.files import write_atomically  # noqa: E402
+from benchmarks.data import benchmark_lists, benchmark_shards
+from benchmarks.rerank import benchmark_rerank
+from benchmarks.store import benchmark_store
+from benchmarks.tables import read_record, side_by_side, whole
+from benchmarks.timing import environment
+from benchmarks.train import benchmark_train
+from models.distributed import pick_device
+from models.errors import UserError, run_entry_point
+from models.files import write_atomically
 
 SECTIONS = ("rerank", "store", "train", "lists", "shards")
 

@@ -5,6 +5,9 @@ Weights are random: what is tested is that parts agree, not how well they score.
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from models.vision.images import open_image
 from scripts.train_embedder import build_model, write_weights
 from training.embedder.training import EmbedderConfig
 
+ROOT = Path(__file__).parents[1]
 EMBEDDER = {
     "model": {
         "embed_dim": 24,
@@ -34,6 +38,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs unless they are asked for (`-m gpu`): the suite means the same on every machine, its processes too."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """The package as pip builds it, without network, from a copy: setuptools leaves a build folder where it builds."""
+    copy = tmp_path_factory.mktemp("package")
+    shutil.copytree(ROOT / "models", copy / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(copy / "dist")]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(copy)], check=True, capture_output=True)
+    return next((copy / "dist").glob("*.whl"))
 
 
 @pytest.fixture(scope="session")

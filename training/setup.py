@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -32,9 +31,6 @@ from models.state_dicts import load_state
 from .config import NegativesConfig, RunConfig
 from .features import Embeddings, Features
 from .negatives import negatives_strategy
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("edje")
 

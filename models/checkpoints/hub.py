@@ -33,7 +33,7 @@ def locate_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     wanted = [*CHECKPOINT_FILES, CARD_FILE]
     try:
         directory = Path(HfApi().snapshot_download(str(name), revision=revision, allow_patterns=wanted))
-    except Exception as error:  # of huggingface_hub and of the HTTP library of its version
+    except Exception as error:  # noqa: BLE001 - of huggingface_hub and of the HTTP library of its version
         raise UserError(
             f"{name}: no such directory, and no repository of that name{_at(revision)} could be fetched from the model "
             f"hub ({one_line(error)}); check the name, or run once where the hub can be reached"
@@ -78,7 +78,7 @@ def upload_checkpoint(
         commit = api.create_commit(
             repo_id, operations=operations, commit_message="Upload EDJE checkpoint", revision=revision
         )
-    except Exception as error:  # of huggingface_hub and of the HTTP library of its version
+    except Exception as error:  # noqa: BLE001 - of huggingface_hub and of the HTTP library of its version
         raise UserError(
             f"{repo_id}: the model hub did not take the checkpoint ({one_line(error)}); nothing was committed. Check "
             "the name, and that you are logged in with the right to write"

@@ -93,7 +93,7 @@ def test_a_long_caption_is_read_to_the_configured_length_by_library_reranker_and
     """80 words and a limit of 100 tokens: the last words count, and alike wherever the caption is scored."""
     model = make_model(tiny_backbone, tmp_path / "vocab.txt", max_caption_tokens=100)
     words = " ".join(CAPTIONS).split()
-    captions = [" ".join((words * 10)[:79] + [end]) for end in ("ball", "cube", "sea")]
+    captions = [" ".join([*(words * 10)[:79], end]) for end in ("ball", "cube", "sea")]
     names = write_images(tmp_path / "images", 3)
     images = [tmp_path / "images" / name for name in names]
     features = tiny_backbone.encode_images(torch.stack([tiny_backbone.preprocess(open_image(i)) for i in images]))

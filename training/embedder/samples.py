@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def load_samples(
     keys = [canonical_caption(caption) for caption in dataset.captions]
     identities = [
         frozenset(keys[start:stop]) | {hash(images[index].numpy().tobytes())}
-        for index, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True))
+        for index, (start, stop) in enumerate(pairwise(starts))
     ]
     return Samples(images, tokenize(dataset.captions), torch.tensor(starts), identities)
 
