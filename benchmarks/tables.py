@@ -5,38 +5,31 @@ print(whole(read_record(Path("benchmarks/results/store_cpu.json"))))
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.errors import UserError, one_line
+from evaluation.json_fields import read_json_object
+from evaluation.provenance import Provenance
+from models.errors import UserError
 
 SPREAD = "median (10th to 90th percentile)"
 DTYPES = ("float32", "bfloat16")
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record of scripts/benchmark.py. Raises UserError naming the file."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a benchmark record ({one_line(error)}); write one with --out") from error
-    if not isinstance(record, dict) or not SECTION_TABLES.keys() & record.keys():
-        raise UserError(f"{path}: not a benchmark record: it has none of {', '.join(SECTION_TABLES)}; write one")
-    return record
+    """A record of scripts/benchmark.py: `provenance` as a Provenance, and its sections. Raises UserError naming the
+    file."""
+    fields = read_json_object(path, "benchmark record of scripts/benchmark.py")
+    if not SECTION_TABLES.keys() & fields.content.keys():
+        raise UserError(f"{fields.where}it has none of {', '.join(SECTION_TABLES)}; write one with --out")
+    return fields.content | {"provenance": Provenance.from_json(fields.inside("provenance"))}
 
 
 def whole(record: dict[str, Any], only_tables: bool = False) -> str:
     """What was measured on, unless `only_tables`, and a table or more for each section."""
     tables = [table for name, make in SECTION_TABLES.items() if name in record for table in make(record[name])]
-    return "\n\n".join(tables if only_tables else [measured_on(record), *tables])
-
-
-def measured_on(record: dict[str, Any]) -> str:
-    """`AMD EPYC (avx2), 2 threads; python 3.11.7, torch 2.14.1; 2026-11-26`."""
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return f"{record['device']}, {record['threads']} threads; {versions}; {record['date']}"
+    return "\n\n".join(tables if only_tables else [record["provenance"].title(), *tables])
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -122,7 +115,8 @@ def side_by_side(records: Sequence[dict[str, Any]]) -> str:
         for name, time in calls.get("milliseconds", {}).items() if calls.get("dtype") == dtype else ():
             row = f"ours, one call of {calls['pairs']} pairs, {name}"
             cells.setdefault(row, {})[number] = f"{time['median']:,.{0 if time['median'] >= 100 else 1}f} ms"
-    header = ["pairs/s", *(f"{record['device'].split(' (')[0]} {dtype}" for record, dtype in columns)]
+    machines = [record["provenance"].machine for record, _ in columns]
+    header = ["pairs/s", *(f"{m.gpu or m.cpu} {dtype}" for m, (_, dtype) in zip(machines, columns, strict=True))]
     rows = [[name, *(row.get(number, "–") for number in range(len(columns)))] for name, row in cells.items()]
     calls_last = sorted(rows, key=lambda row: ", one call of " in row[0])
     return markdown(header, calls_last)

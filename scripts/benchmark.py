@@ -1,4 +1,4 @@
-"""Measure speed and write a record: command, commit, machine, versions, and every number with its spread.
+"""Measure speed and write a record: its provenance (command, commit, machine, versions), and numbers with their spread.
 
 python scripts/benchmark.py --out benchmarks/results/rerank_cpu.json --only rerank       minutes on 2 cores
 python scripts/benchmark.py --device cuda --out benchmarks/results/rerank_h200.json --only rerank --pairs 4096 \\
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,8 @@ from benchmarks.data import benchmark_lists, benchmark_shards
 from benchmarks.rerank import benchmark_rerank
 from benchmarks.store import benchmark_store
 from benchmarks.tables import read_record, side_by_side, whole
-from benchmarks.timing import environment
 from benchmarks.train import benchmark_train
+from evaluation.provenance import stamp
 from models.distributed import pick_device
 from models.errors import UserError, run_entry_point
 from models.files import write_atomically
@@ -46,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.out:
         raise UserError("--out is missing; name the record to write, e.g. --out benchmarks/results/rerank_cpu.json")
     device = pick_device(arguments.device)
-    record: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), **environment(device)}
+    record: dict[str, Any] = {"provenance": stamp(device).to_json()}
     for section in [arguments.only] if arguments.only else SECTIONS:
         record[section] = run_section(section, device, arguments)
     write_record(arguments.out, record)
-    print(whole(record))
+    print(whole(read_record(arguments.out)))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,13 +57,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="record to write, JSON")
     parser.add_argument("--only", choices=SECTIONS, help="one section; default: all")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--pairs", type=int, default=256, help="pairs a contestant scores in a round (default 256)")
+    parser.add_argument("--pairs", type=int, default=256, help="pairs that a contestant scores per round (default 256)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count, after one of warm-up (default 9)")
     parser.add_argument(
         "--baseline-batch", type=int, help="padded batch of BertModel (default: 32 on a CPU, 1024 on a GPU)"
     )
     parser.add_argument(
-        "--train-batch", type=int, default=48, help="pairs a training step, a multiple of 6 (default %(default)s)"
+        "--train-batch", type=int, default=48, help="pairs per training step, a multiple of 6 (default %(default)s)"
     )
     parser.add_argument(
         "--list-pairs", type=int, default=5_000_000, help="pairs of the list whose memory is measured (%(default)s)"

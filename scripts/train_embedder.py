@@ -4,7 +4,7 @@
         --annotations emoji/dataset_emoji.json --root emoji --out runs/embedder_emoji
 
 Training stops when validation recall has stopped rising, resumes after a kill, and leaves open_clip_config.json,
-open_clip_model.safetensors, the tokenizer and TRAINING.json (command, seed, steps, recall, hash of the weights).
+open_clip_model.safetensors, the tokenizer and TRAINING.json (origin, seed, steps, recall, hash of the weights).
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import shutil
 import sys
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.caption_datasets import load_annotations
+from evaluation.provenance import stamp
 from models.config_io import from_dict
 from models.distributed import pick_device
 from models.errors import UserError, run_entry_point
@@ -201,7 +201,7 @@ def write_record(arguments: argparse.Namespace, progress: Progress, out: Path) -
     for name in ("steps", "minutes", "patience"):
         command += f" --{name} {getattr(arguments, name)}" if getattr(arguments, name) is not None else ""
     record = {
-        "command": command,
+        "provenance": replace(stamp(pick_device(arguments.device)), command=command).to_json(),
         "seed": arguments.seed,
         "steps": progress.step,
         "seconds": round(progress.seconds),
@@ -209,8 +209,6 @@ def write_record(arguments: argparse.Namespace, progress: Progress, out: Path) -
         "best_step": progress.best_step,
         "validation_R@1_mean": round(progress.best_recall, 2),
         "weights_sha256": hashlib.sha256((out / WEIGHTS_FILE).read_bytes()).hexdigest(),
-        "versions": {name: version(name) for name in ("torch", "open_clip_torch", "timm", "transformers")},
-        "python": platform.python_version(),
         "history": progress.history,
     }
     write_atomically(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")

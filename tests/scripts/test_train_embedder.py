@@ -81,7 +81,7 @@ def test_it_learns_and_the_backbone_loads_the_result(scenes, tmp_path, monkeypat
 
 def test_the_record_repeats_the_run_and_names_no_machine(scenes, tmp_path, monkeypatch):
     record = train(scenes, tmp_path / "model", monkeypatch, "--seed", "3")
-    assert record["seed"] == 3 and "--seed 3" in record["command"]
+    assert record["seed"] == 3 and "--seed 3" in record["provenance"]["command"]
     assert str(tmp_path) not in json.dumps(record) and str(scenes) not in json.dumps(record)
     files = {file.name for file in (tmp_path / "model").iterdir()}
     config_files = {"open_clip_config.json", "tokenizer.json", "tokenizer_config.json"}
