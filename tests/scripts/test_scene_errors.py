@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from subprocess import CompletedProcess
 
 import numpy as np
+import pytest
 
 from data.caption_datasets import CaptionDataset
 from evaluation.output import evaluation_record, write_results
 from evaluation.results import DirectionResults, Results
-from scripts.scene_errors import count_errors, difference
+from models.errors import UserError
+from scripts.scene_errors import count_errors, difference, main
 from tests.processes import run_script
 
 
@@ -38,9 +41,9 @@ def rankings(logits: list[float]) -> DirectionResults:
     )
 
 
-def test_siblings_differ_in_places_or_in_binding():
+def test_siblings_differ_in_positions_or_in_binding():
     assert [difference(RED_BLUE, other) for other in (SWAPPED, REBOUND, STRANGER)] == [
-        "places",
+        "positions",
         "binding of colour",
         "other family",
     ]
@@ -51,7 +54,7 @@ def test_siblings_differ_in_places_or_in_binding():
 def test_a_tie_counts_as_wrong_and_pools_without_the_image_do_not_count():
     found = count_errors(rankings([2.0, 1.0, 3.0, 0.0]), list(SCENES.values()))
     assert found == {
-        "places": {"pairs": 1, "cosine": 100.0, "logit": 0.0},
+        "positions": {"pairs": 1, "cosine": 100.0, "logit": 0.0},
         "binding of colour": {"pairs": 1, "cosine": 0.0, "logit": 100.0},
         "other family": {"pairs": 1, "cosine": 0.0, "logit": 0.0},
     }
@@ -60,10 +63,10 @@ def test_a_tie_counts_as_wrong_and_pools_without_the_image_do_not_count():
 def test_candidates_below_the_reranked_pool_do_not_count():
     deeper = rankings([2.0, 1.0, 3.0, 0.0])
     shallow = replace(deeper, logits=deeper.logits[:, :2])
-    assert count_errors(shallow, list(SCENES.values())) == {"places": {"pairs": 1, "cosine": 100.0, "logit": 0.0}}
+    assert count_errors(shallow, list(SCENES.values())) == {"positions": {"pairs": 1, "cosine": 100.0, "logit": 0.0}}
 
 
-def test_the_command_prints_a_table_and_refuses_other_files_in_one_line(tmp_path):
+def test_the_command_prints_a_table_writes_a_record_and_refuses_other_files_in_one_line(tmp_path, capsys):
     found = rankings([2.0, 1.0, 3.0, 0.0])
     dataset = CaptionDataset(tmp_path, sorted(SCENES), ["a star"] * 5, CAPTION_IMAGE, [None] * 4)
     reverse = replace(found.of_queries(np.arange(4)), query_image=np.arange(4), item_image=CAPTION_IMAGE)
@@ -76,11 +79,17 @@ def test_the_command_prints_a_table_and_refuses_other_files_in_one_line(tmp_path
     (tmp_path / "few.json").write_text(json.dumps({"images": images[:2]}))
     (tmp_path / "plain.json").write_text(json.dumps({"images": [{"filename": "a.png"}]}))
 
-    def run(first: str, second: str) -> CompletedProcess:
-        return run_script("scripts/scene_errors.py", tmp_path / first, tmp_path / second)
+    def run(first: str, second: str, *options: str | Path) -> CompletedProcess:
+        return run_script("scripts/scene_errors.py", tmp_path / first, tmp_path / second, *options)
 
-    good = run("rankings.npz", "scenes.json")
-    assert good.returncode == 0 and "| places | 1 | 100.0% | 0.0% |" in good.stdout
+    good = run("rankings.npz", "scenes.json", "--out", tmp_path / "record.json")
+    assert good.returncode == 0 and "| positions | 1 | 100.0% | 0.0% |" in good.stdout
+    assert json.loads((tmp_path / "record.json").read_text())["provenance"]["versions"]["torch"]
+    capsys.readouterr()
+    main(["--table", str(tmp_path / "record.json")])
+    assert capsys.readouterr().out == good.stdout
+    with pytest.raises(UserError, match="scenes.json: not a record of scripts/scene_errors.py"):
+        main(["--table", str(tmp_path / "scenes.json")])
     bad_pairs = [
         ("rankings.npz", "few.json"),
         ("rankings.npz", "plain.json"),
