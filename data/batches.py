@@ -10,7 +10,7 @@ Letters: B rows of the global micro-batch, b rows of this rank, P patch tokens, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Protocol
@@ -46,6 +46,10 @@ class EncodedRows:
     """[b, De] float32, normalised; so are text_embeddings."""
     text_embeddings: Tensor
 
+    def pinned(self) -> EncodedRows:
+        """Embeddings stay as they are: the CPU mines by them."""
+        return replace(self, patch_tokens=self.patch_tokens.pin_memory())
+
 
 @dataclass
 class Batch:
@@ -76,6 +80,12 @@ class Batch:
         """From numbers as NumPy arrays, [b] int64 each."""
         tensors = torch.from_numpy(rows), torch.from_numpy(images), torch.from_numpy(captions)
         return cls(number, *tensors, content, list(unreadable))
+
+    def pin_memory(self) -> Batch:
+        """For a data loader that serves a GPU: what goes there lies in memory that can be copied without waiting."""
+        content = self.content
+        pinned = content.pin_memory() if isinstance(content, Tensor) else content.pinned()
+        return replace(self, content=pinned)
 
     def __getstate__(self) -> dict[str, Any]:
         """From a worker, numbers travel inside the message: each tensor would open shared memory of its own, which
@@ -219,6 +229,8 @@ class TrainingBatches(Dataset[Batch]):
         rows = number * self.plan.batch_size + np.arange(self.share.start, self.share.stop)
         return self.reader.read(self.plan, number, rows, images)
 
-    def read(self, start: int, stop: int, num_workers: int) -> Iterator[Batch]:
-        """Micro-batches start .. stop - 1, read ahead by `num_workers` processes."""
-        return iter(DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=num_workers))
+    def read(self, start: int, stop: int, num_workers: int, pin_memory: bool = False) -> Iterator[Batch]:
+        """Micro-batches start .. stop - 1, read ahead by `num_workers` processes; pin_memory: for a GPU."""
+        order = range(start, stop)
+        loader = DataLoader(self, batch_size=None, sampler=order, num_workers=num_workers, pin_memory=pin_memory)
+        return iter(loader)

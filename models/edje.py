@@ -56,7 +56,7 @@ class EDJE(MatchPass, nn.Module):
 
     def text_cls(self, captions: CaptionIds) -> Tensor:
         """[CLS] of a text-only pass, [C, H]: source of text-embedding recovery and of image-text contrast."""
-        packed = self.encoder.pack_captions(captions.truncate(self.config.max_caption_tokens - 2))
+        packed = self.encoder.pack_captions(captions.truncate(self.max_text_pieces))
         return self.encoder.encode_cls(packed)
 
     def image_cls(self, tokens: Tensor) -> Tensor:

@@ -64,6 +64,11 @@ class MatchPass(ABC):
         return self.config.max_caption_tokens - SPECIAL_PIECES
 
     @property
+    def max_text_pieces(self) -> int:
+        """The same in a text-only input, which has no vision tokens to end."""
+        return self.max_joint_pieces + 1
+
+    @property
     def adapter_fingerprint(self) -> str:
         """16 hex digits of the adapter that stored tokens belong to (checkpoints/checkpoint.py)."""
         state = {f"adapter.{name}": tensor for name, tensor in self.adapter.state_dict().items()}
@@ -97,7 +102,11 @@ class MatchPass(ABC):
         A pair's logit does not depend on the other pairs of the batch."""
         captions = captions.truncate(self.max_joint_pieces)
         packed = self.encoder.pack_pairs(captions, tokens, caption_index, image_index)
-        logits: Tensor = self.match_head(self.encoder.encode_cls(packed))
+        return self.logits_of(self.encoder.encode_cls(packed), similarities)
+
+    def logits_of(self, cls: Tensor, similarities: Tensor | None = None) -> Tensor:
+        """[CLS] states of joint inputs [Q, H] -> match logits [Q] float32; similarities: as for match_logits."""
+        logits: Tensor = self.match_head(cls)
         if not self.config.residual_similarity:
             return logits
         if similarities is None:

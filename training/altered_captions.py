@@ -42,10 +42,10 @@ class CaptionAlterer:
 
         Of each caption one group that occurs is drawn, uniformly. Two of its words with different meanings change
         places; where all mean the same, one becomes a word of another meaning. streams: random numbers of each."""
-        device, ends = captions.ids.device, captions.offsets.tolist()
-        ids = captions.ids.cpu().numpy().copy()
+        ends = captions.offsets.tolist()
+        ids = captions.ids.numpy().copy()
         changed = [self._alter(ids[ends[c] : ends[c + 1]], stream) for c, stream in enumerate(streams)]
-        return CaptionIds(torch.from_numpy(ids).to(device), captions.lengths), torch.tensor(changed, device=device)
+        return CaptionIds(torch.from_numpy(ids), captions.lengths), torch.tensor(changed)
 
     def _alter(self, ids: np.ndarray, stream: np.random.Generator) -> bool:
         """Alter the pieces of one caption in place; whether there was anything to alter."""
@@ -54,9 +54,9 @@ class CaptionAlterer:
         if not len(groups):
             return False
         group = stream.choice(groups)
-        places = stream.permutation(np.flatnonzero(self._group[ids] == group))
-        first, meanings = places[0], self._meaning[ids[places]]
-        others = places[meanings != meanings[0]]
+        positions = stream.permutation(np.flatnonzero(self._group[ids] == group))
+        first, meanings = positions[0], self._meaning[ids[positions]]
+        others = positions[meanings != meanings[0]]
         if len(others):
             ids[[first, others[0]]] = ids[[others[0], first]]
         else:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.distributed import DistributedContext
+from models.distributed import DistributedContext, send
 from models.language.captions import CaptionIds
 
 
@@ -40,12 +40,17 @@ def gather(local: Tensor, distributed: DistributedContext) -> Tensor:
     return gathered
 
 
+def gather_on_host(local: Tensor, distributed: DistributedContext) -> Tensor:
+    """The same for a tensor that is needed on the CPU, without gradients."""
+    return local if distributed.size == 1 else gather(send(local, distributed.device), distributed).cpu()
+
+
 def gather_captions(captions: CaptionIds, distributed: DistributedContext) -> CaptionIds:
-    """The captions of all ranks, in order of rank."""
+    """The captions of all ranks, on the CPU, in order of rank."""
     if distributed.size == 1:
         return captions
-    parts = distributed.gather_objects((captions.ids.cpu(), captions.lengths.cpu()))
-    return CaptionIds.cat([CaptionIds(ids, lengths) for ids, lengths in parts]).to(distributed.device)
+    parts = distributed.gather_objects((captions.ids, captions.lengths))
+    return CaptionIds.cat([CaptionIds(ids, lengths) for ids, lengths in parts])
 
 
 def global_sum(value: Tensor, distributed: DistributedContext) -> Tensor:
@@ -54,6 +59,13 @@ def global_sum(value: Tensor, distributed: DistributedContext) -> Tensor:
     if distributed.size > 1:
         dist.all_reduce(total)
     return total
+
+
+def global_count(count: int, distributed: DistributedContext) -> int | Tensor:
+    """Sum of a number over the ranks, at least 1: a divisor. On the device where there are several."""
+    if distributed.size == 1:
+        return max(1, count)
+    return global_sum(send(torch.tensor(count), distributed.device), distributed).clamp(min=1)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], distributed: DistributedContext) -> None:

@@ -33,12 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """A rank's b rows of one micro-batch, features and captions; row i is caption i with its image i."""
+    """A rank's b rows of one micro-batch, features and captions; row i is caption i with its image i.
+
+    Pairs are chosen and laid out on the CPU, so all but the patch tokens lies there."""
 
     rows: Tensor
     """[b] int64, row numbers counted through the run: seeds of the rows' random choices."""
     patch_tokens: Tensor
-    """[b, P, Dv]"""
+    """[b, P, Dv] on the run's device."""
     image_embeddings: Tensor
     """[b, De] float32, normalised; so are text_embeddings."""
     text_embeddings: Tensor
@@ -178,7 +180,7 @@ class BackboneFeatures:
 
     def encode(self, batch: Batch, captions: Sequence[str]) -> EncodedRows:
         assert isinstance(batch.content, Tensor), "a batch of stored features was read for a backbone"
-        images = self.backbone.encode_images(batch.content.to(self.backbone.device))
+        images = self.backbone.encode_images(batch.content.to(self.backbone.device, non_blocking=True))
         return EncodedRows(images.patch_tokens, images.embedding, self.backbone.encode_texts(list(captions)))
 
     def evaluate(

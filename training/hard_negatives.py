@@ -1,4 +1,4 @@
-"""Hard negatives, mined over the global batch by the frozen backbone's own similarity.
+"""Hard negatives, mined over the global batch by the frozen backbone's own similarity, on the CPU.
 
 Letters: B rows of the global batch (row i: caption i and its image i), b rows of this rank, h negatives a positive,
 G groups of g rows. Source: EDJE (arXiv 2510.06820), training: hard negatives by the embedding model's similarity. The
@@ -47,9 +47,9 @@ def mine_hard_negatives(
     uniformly drawn ones. Draws need `streams`, one a row, so that they don't depend on the number of ranks.
 
     Raises UserError if similarity holds NaN."""
-    if torch.isnan(similarity).any():
+    if np.isnan(similarity.numpy()).any():
         raise UserError("the backbone's similarities hold NaN; its weights or the images are damaged")
-    rows = torch.arange(len(similarity), device=similarity.device) if rows is None else rows
+    rows = torch.arange(len(similarity)) if rows is None else rows
     directions = []
     for scores, left_out in ((similarity[rows], excluded[rows]), (similarity.T[rows], excluded.T[rows])):
         if streams is not None:
@@ -73,9 +73,9 @@ def _with_draws(
         scores = scores / temperature + noise
     num_random = np.array([s.binomial(num_negatives, random_share) for s in streams])
     # A second, independent permutation of the columns; its first num_random ones go to the front.
-    places = torch.from_numpy(np.stack([s.permutation(scores.shape[1]) for s in streams])).to(scores.device)
-    lifted = places < torch.from_numpy(num_random).to(scores.device)[:, None]
-    return torch.where(lifted, scores.max() + 1 + places.to(scores), scores)
+    ranks = torch.from_numpy(np.stack([s.permutation(scores.shape[1]) for s in streams]))
+    lifted = ranks < torch.from_numpy(num_random)[:, None]
+    return torch.where(lifted, scores.max() + 1 + ranks.to(scores), scores)
 
 
 def group_neighbours(similarity: Tensor, group_size: int, random_share: float, stream: np.random.Generator) -> Tensor:
@@ -83,7 +83,7 @@ def group_neighbours(similarity: Tensor, group_size: int, random_share: float, s
 
     Takes rows in random order; each not yet placed opens a group and fills it with the nearest rows that are left, or,
     with probability random_share, with random ones. B must be a multiple of g."""
-    nearness = (similarity + similarity.T).cpu().numpy()
+    nearness = (similarity + similarity.T).numpy()
     left = stream.permutation(len(nearness)).tolist()
     groups = []
     while left:

@@ -65,9 +65,10 @@ def distillation_loss(student: PairLogits, teacher: PairLogits, images_valid: Te
 
 def group_distillation_loss(student: Tensor, teacher: Tensor, excluded: Tensor) -> Tensor:
     """The same for groups, [G, g, g] each: a third for positives, two thirds for negatives (both directions in one)."""
-    positive = torch.eye(student.shape[-1], dtype=torch.bool, device=student.device).expand_as(student)
+    positive = torch.eye(student.shape[-1], dtype=torch.bool, device=student.device)
     losses = _binary_cross_entropy(student, teacher)
-    return (losses[positive].mean() + 2 * _masked_mean(losses, ~excluded & ~positive)) / 3
+    # The diagonal, not a mask as index: a GPU would have to count it first.
+    return (losses.diagonal(dim1=1, dim2=2).mean() + 2 * _masked_mean(losses, ~excluded & ~positive)) / 3
 
 
 def _binary_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:

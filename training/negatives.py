@@ -20,11 +20,11 @@ from torch import Tensor
 from data.batches import random_stream
 from data.caption_datasets import CaptionDataset
 from data.neighbours import CaptionKeys, nearest_images
-from models.distributed import DistributedContext
+from models.distributed import DistributedContext, send
 from models.language.captions import CaptionIds
 
 from .config import NegativesConfig
-from .distributed import gather, gather_captions
+from .distributed import gather, gather_captions, gather_on_host
 from .features import Embeddings, StepInputs
 from .hard_negatives import HardNegatives, group_neighbours, mine_hard_negatives
 from .losses import (
@@ -44,10 +44,8 @@ NEGATIVES_STREAM = 101
 
 @dataclass(frozen=True)
 class Scope:
-    """The rows that pairs are formed of: those of all ranks, or this rank's own."""
+    """The rows that pairs are formed of, those of all ranks or this rank's own: what is known of them on the CPU."""
 
-    tokens: Tensor
-    """[n, m, H]"""
     captions: CaptionIds
     similarity: Tensor
     """[n, n] first-stage cosines, which a match logit may contain; row: caption, column: image."""
@@ -60,7 +58,7 @@ class Scope:
 
 
 class ChosenPairs(ABC):
-    """Q pairs that are scored together, and the losses of their logits [Q]."""
+    """Q pairs that are scored together, chosen on the CPU, and the losses of their logits [Q]."""
 
     caption_index: Tensor
     """[Q] int64, rows of the scope."""
@@ -76,7 +74,7 @@ class ChosenPairs(ABC):
 
     @abstractmethod
     def stats(self, logits: Tensor, scope: Scope) -> dict[str, Tensor]:
-        """Numbers for the log, by name: scalars on the device."""
+        """Numbers for the log, by name: scalars, of logits on the device, of the rest on the CPU."""
 
 
 class Negatives(ABC):
@@ -97,21 +95,23 @@ class Negatives(ABC):
         """Vision tokens [b, m, H] of this rank's rows -> of all rows that pairs are formed of. Carries gradients."""
         return gather(tokens, self.distributed)
 
-    def scope(self, inputs: StepInputs, tokens: Tensor) -> Scope:
-        """What pairs are formed of; tokens: [b, m, H] of this rank's rows."""
-        texts, images = (gather(x, self.distributed) for x in (inputs.text_embeddings, inputs.image_embeddings))
-        similarity = mining = similarities(texts, images)
+    def scope(self, inputs: StepInputs) -> Scope:
+        """What pairs are formed of."""
+
+        def gathered(x: Tensor) -> Tensor:
+            return gather_on_host(x, self.distributed)
+
+        similarity = mining = similarities(gathered(inputs.text_embeddings), gathered(inputs.image_embeddings))
         if inputs.retriever_embeddings is not None:
-            images, texts = (gather(x, self.distributed) for x in inputs.retriever_embeddings)
+            images, texts = map(gathered, inputs.retriever_embeddings)
             mining = similarities(texts, images)
         captions = gather_captions(inputs.captions, self.distributed)
-        own = self.own_rows(inputs)
-        return Scope(self.shared(tokens), captions, similarity, mining, inputs.excluded, own)
+        return Scope(captions, similarity, mining, inputs.excluded, self.own_rows(inputs))
 
     def own_rows(self, inputs: StepInputs) -> Tensor:
         """[b] int64: this rank's rows of the global micro-batch."""
         count = len(inputs.rows)
-        return torch.arange(count, device=inputs.patch_tokens.device) + self.distributed.rank * count
+        return torch.arange(count) + self.distributed.rank * count
 
     def neighbours(
         self, keys: CaptionKeys, dataset: CaptionDataset, embeddings: Embeddings, labels: Labels
@@ -153,17 +153,20 @@ class MinedPairs(ChosenPairs):
         return PairLogits(positive, negative_images.view(b, h), negative_captions.view(b, h))
 
     def itm_loss(self, logits: Tensor) -> Tensor:
-        return itm_loss(self.split(logits), self.mined.images_valid, self.mined.captions_valid)
+        return itm_loss(self.split(logits), *self._valid(logits.device))
 
     def distillation_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        valid = self.mined.images_valid, self.mined.captions_valid
-        return distillation_loss(self.split(student), self.split(teacher), *valid)
+        return distillation_loss(self.split(student), self.split(teacher), *self._valid(student.device))
+
+    def _valid(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return send(self.mined.images_valid, device), send(self.mined.captions_valid, device)
 
     @torch.no_grad()
     def stats(self, logits: Tensor, scope: Scope) -> dict[str, Tensor]:
         of, mined = self.split(logits), self.mined
-        images = of.negative_images.masked_fill(~mined.images_valid, -torch.inf).amax(1)
-        captions = of.negative_captions.masked_fill(~mined.captions_valid, -torch.inf).amax(1)
+        images_valid, captions_valid = self._valid(logits.device)
+        images = of.negative_images.masked_fill(~images_valid, -torch.inf).amax(1)
+        captions = of.negative_captions.masked_fill(~captions_valid, -torch.inf).amax(1)
         right = torch.cat([of.positive > images, of.positive > captions])
         return {
             "itm_accuracy": right.float().mean(),
@@ -213,18 +216,19 @@ class GroupPairs(ChosenPairs):
         return cls(groups, excluded, captions.flatten(), images.flatten())
 
     def itm_loss(self, logits: Tensor) -> Tensor:
-        return group_itm_loss(logits.view(self.excluded.shape), self.excluded)
+        return group_itm_loss(logits.view(self.excluded.shape), send(self.excluded, logits.device))
 
     def distillation_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         shape = self.excluded.shape
-        return group_distillation_loss(student.view(shape), teacher.view(shape), self.excluded)
+        excluded = send(self.excluded, student.device)
+        return group_distillation_loss(student.view(shape), teacher.view(shape), excluded)
 
     @torch.no_grad()
     def stats(self, logits: Tensor, scope: Scope) -> dict[str, Tensor]:
         size = self.groups.shape[1]
-        positive = torch.eye(size, dtype=torch.bool, device=logits.device)
+        positive = torch.eye(size, dtype=torch.bool)
         left_out = self.excluded & ~positive
-        masked = logits.view(self.excluded.shape).masked_fill(left_out, -torch.inf)
+        masked = logits.view(self.excluded.shape).masked_fill(send(left_out, logits.device), -torch.inf)
         diagonal = torch.arange(size, device=logits.device)
         right = torch.stack([masked.argmax(2) == diagonal, masked.argmax(1) == diagonal])
         similarity = scope.similarity[self.groups[:, :, None], self.groups[:, None, :]]
@@ -245,7 +249,7 @@ class BatchGroups(Negatives):
         groups = group_neighbours(scope.mining, self.config.group_size, inputs.random_share, stream)
         share = len(groups) // self.distributed.size
         groups = groups[self.distributed.rank * share : (self.distributed.rank + 1) * share]
-        return GroupPairs.of(groups.to(scope.own.device), scope)
+        return GroupPairs.of(groups, scope)
 
     def describe(self) -> str:
         return f"groups of {self.config.group_size}, from the batch"
@@ -257,11 +261,11 @@ class DatasetGroups(Negatives):
     def shared(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def scope(self, inputs: StepInputs, tokens: Tensor) -> Scope:
+    def scope(self, inputs: StepInputs) -> Scope:
         own = self.own_rows(inputs)
         similarity = similarities(inputs.text_embeddings, inputs.image_embeddings)
-        local = torch.arange(len(own), device=own.device)
-        return Scope(tokens, inputs.captions, similarity, similarity, inputs.excluded[own][:, own], local)
+        local = torch.arange(len(own))
+        return Scope(inputs.captions, similarity, similarity, inputs.excluded[own][:, own], local)
 
     def choose(self, inputs: StepInputs, scope: Scope) -> GroupPairs:
         return GroupPairs.of(scope.own.view(-1, self.config.group_size), scope)

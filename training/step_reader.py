@@ -14,7 +14,7 @@ from models.errors import UserError
 from models.language.captions import CaptionTokenizer
 
 from .config import RunConfig
-from .distributed import gather
+from .distributed import gather_on_host
 from .features import Embeddings, Features, StepInputs
 from .negatives import negatives_strategy
 
@@ -39,7 +39,9 @@ class StepReader:
         self.retriever = retriever if strategy.mines_in_the_batch else None
         self.accumulation = config.training.accumulation
         first, last = first_step * self.accumulation, config.training.steps * self.accumulation
-        self.stream: Iterator[Batch] = batches.read(first, last, config.data.num_workers)
+        self.stream: Iterator[Batch] = batches.read(
+            first, last, config.data.num_workers, pin_memory=distributed.device.type == "cuda"
+        )
         self.unreadable: dict[str, None] = {}
         """Images of this rank that could not be read, one line each."""
         self.images_read, self.images_failed = 0, 0
@@ -54,19 +56,16 @@ class StepReader:
         device, distributed = self.distributed.device, self.distributed
         raw = [self.batches.plan.dataset.captions[c] for c in batch.captions]
         encoded = self.features.encode(batch, raw)
-        captions, image_numbers = (
-            gather(batch.captions.to(device), distributed),
-            gather(batch.images.to(device), distributed),
-        )
+        captions, image_numbers = (gather_on_host(numbers, distributed) for numbers in (batch.captions, batch.images))
         step = batch.number // self.accumulation
         return StepInputs(
             rows=batch.rows,
-            patch_tokens=encoded.patch_tokens.to(device),
-            image_embeddings=encoded.image_embeddings.to(device),
-            text_embeddings=encoded.text_embeddings.to(device),
+            patch_tokens=encoded.patch_tokens.to(device, non_blocking=True),
+            image_embeddings=encoded.image_embeddings.cpu(),
+            text_embeddings=encoded.text_embeddings.cpu(),
             retriever_embeddings=self._retriever_embeddings(batch),
-            captions=self.tokenizer(raw).to(device),
-            excluded=self.keys.true_pairs(captions.cpu(), image_numbers.cpu()).to(device),
+            captions=self.tokenizer(raw),
+            excluded=self.keys.true_pairs(captions, image_numbers),
             random_share=self.config.negatives.random_share(step),
             aligning=step < self.config.objectives.align_steps,
         )
@@ -74,10 +73,10 @@ class StepReader:
     def _retriever_embeddings(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         if self.retriever is None:
             return None
-        dataset, device = self.batches.plan.dataset, self.distributed.device
+        dataset = self.batches.plan.dataset
         images = self.retriever.of_images([dataset.image_ids[i] for i in batch.images.tolist()])
         captions = self.retriever.of_captions([dataset.captions[c] for c in batch.captions.tolist()])
-        return images.to(device), captions.to(device)
+        return images, captions
 
     def _count_unreadable(self, batch: Batch) -> None:
         self.images_read += len(batch.rows)

@@ -2,7 +2,7 @@
 every layer.
 
 A CPU gets one batched call for each length that occurs. A GPU, where every call is a launch, gets one call in all:
-torch's variable-length kernel in bfloat16 without dropout, else a padded batch behind a mask.
+the variable-length flash kernel in bfloat16, else a padded batch behind a mask.
 Letters: T packed rows, H width, Q sequences, L length of a sequence, n sequences of that length, heads of width
 d = H / heads.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from ..distributed import send
 from .packing import Group
 
 _KEY_MULTIPLE = 16
@@ -64,12 +65,13 @@ class AttentionByLength:
 
 
 class VariableLengthKernel:
-    """torch's kernel for sequences of any lengths, on a GPU in bfloat16 and without dropout: nothing is padded."""
+    """torch's kernel for sequences of any lengths, on a GPU in bfloat16: nothing is padded."""
 
-    def __init__(self, starts: Tensor, longest: int, num_heads: int):
+    def __init__(self, starts: Tensor, longest: int, num_heads: int, dropout: float = 0.0):
         """starts: [Q + 1] int32, where sequences begin, and T."""
         self.longest = longest
         self.num_heads = num_heads
+        self.dropout = dropout
         self._starts = starts
         self._counted = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
 
@@ -77,7 +79,16 @@ class VariableLengthKernel:
         key, value = keys_values.unflatten(1, (2, self.num_heads, -1)).unbind(1)
         starts, longest = (self._counted, 1) if one_query else (self._starts, self.longest)
         query = queries.unflatten(1, (self.num_heads, -1))
-        return varlen_attn(query, key, value, starts, self._starts, longest, self.longest).flatten(1)
+        if not self.dropout:
+            context = varlen_attn(query, key, value, starts, self._starts, longest, self.longest)
+            assert isinstance(context, Tensor)
+            return context.flatten(1)
+        # The operator behind varlen_attn, which fixes its dropout at 0. Nested tensors reach it by a public name, at
+        # several times the work for Python in each call.
+        context, *_ = torch.ops.aten._flash_attention_forward(
+            query, key, value, starts, self._starts, longest, self.longest, self.dropout, False, False
+        )
+        return context.flatten(1)
 
 
 def has_kernel(device: torch.device) -> bool:
@@ -96,7 +107,7 @@ class AttentionAtOnce:
         lengths, counts = torch.tensor([(group.length, group.count) for group in groups]).unbind(1)
         self._lengths = lengths.repeat_interleave(counts)
         self._device = device
-        self._has_kernel = not dropout and has_kernel(device)
+        self._has_kernel = has_kernel(device)
 
     def __call__(self, queries: Tensor, keys_values: Tensor, one_query: bool = False) -> Tensor:
         if self._has_kernel and queries.dtype == torch.bfloat16:
@@ -105,8 +116,8 @@ class AttentionAtOnce:
 
     @cached_property
     def _kernel(self) -> VariableLengthKernel:
-        starts = F.pad(self._lengths.cumsum(0), (1, 0)).int().to(self._device)
-        return VariableLengthKernel(starts, self.longest, self.num_heads)
+        starts = send(F.pad(self._lengths.cumsum(0), (1, 0)).int(), self._device)
+        return VariableLengthKernel(starts, self.longest, self.num_heads, self.dropout)
 
     def _padded(self, queries: Tensor, keys_values: Tensor, one_query: bool) -> Tensor:
         slots, mask = self._slots
@@ -126,7 +137,7 @@ class AttentionAtOnce:
     def _slots(self) -> tuple[Tensor, Tensor]:
         """Place [T] of each row in the padded batch, and the mask [Q, 1, 1, longest] that is True for rows."""
         is_row = torch.arange(self.longest) < self._lengths[:, None]
-        return is_row.flatten().nonzero()[:, 0].to(self._device), is_row[:, None, None].to(self._device)
+        return send(is_row.flatten().nonzero()[:, 0], self._device), send(is_row[:, None, None], self._device)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

@@ -13,7 +13,7 @@ Q sequences, V vocabulary. Source: BERT (arXiv 1810.04805), EDJE (arXiv 2510.068
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from .attention import has_kernel, sequence_attention
 from .bert import MaskedLanguageHead, bert_parameters, initialise
 from .cuda_graphs import RecordedPasses
 from .linear import ACTIVATIONS, Linear, fuse
+from .mixture import Sequences, pack_mixture
 from .packing import PackedInput, SpecialTokens, pack_captions, pack_images, pack_pairs
 
 
@@ -96,6 +97,13 @@ class EncoderPass(ABC):
         """`[CLS] v1 .. vm [SEP]` for N images: tokens [N, m, H]."""
         return pack_images(self.word_table, self.special, tokens)
 
+    def encode_mixture(self, tokens: Tensor, kinds: Sequence[Sequences]) -> list[Tensor]:
+        """Wanted last hidden states of each kind of sequences, [its number, H], by one pass over all: tokens [N, m, H].
+
+        Raises UserError if a sequence is longer than the position table."""
+        mixture = pack_mixture(self.word_table, self.special, tokens, kinds)
+        return list(self.encode(mixture.packed, mixture.wanted).split(mixture.counts))
+
     def encode(self, packed: PackedInput, rows: Tensor | None = None) -> Tensor:
         """Last hidden state of all rows [T, H], or of `rows` [R] int64 in any order -> [R, H].
 
@@ -133,7 +141,7 @@ class EncoderPass(ABC):
         last = weights.layers[-1]
         context = attention(last.query(x), last.key_value(x))
         if rows is not None:
-            x, context = x[rows], context[rows]
+            x, context = x.index_select(0, rows), context.index_select(0, rows)
         return self._finish_layer(x, context, last)
 
     def _encode_cls(self, packed: PackedInput, attention: Callable[..., Tensor], weights: EncoderWeights) -> Tensor:

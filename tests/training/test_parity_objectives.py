@@ -36,8 +36,8 @@ def case(request) -> PublishedCase:
 class GivenMask(Objectives):
     """Objectives that mask the word pieces of a parity case instead of drawn ones."""
 
-    def __init__(self, case: PublishedCase):
-        super().__init__(ObjectivesConfig(), NegativesConfig(), seed=0, distributed=DistributedContext())
+    def __init__(self, case: PublishedCase, config: ObjectivesConfig):
+        super().__init__(config, NegativesConfig(), seed=0, distributed=DistributedContext())
         self.mask = case.masked_pieces()
 
     def _draw_mask(self, captions, rows, unk_id) -> Tensor:
@@ -87,10 +87,9 @@ def origins_losses(case: PublishedCase) -> dict[str, Tensor]:
     mined = origins_pairs(case)
     logits, valid = logits_of(case, mined), (mined.images_valid, mined.captions_valid)
     recovered = case.model.recover_text_embedding(case.model.text_cls(case.model.tokenizer(case.raw_captions)))
-    tokens = case.model.compress(case.inputs["patch_tokens"])
     return {
         "itm": itm_loss(logits, *valid),
-        "mlm": GivenMask(case)._mlm(case.model, step_inputs(case), tokens),
+        "mlm": GivenMask(case, ObjectivesConfig(itm=0, text_recovery=0))(case.model, step_inputs(case)).losses["mlm"],
         "recovery": text_recovery_loss(recovered, case.inputs["text_features"]),
         "distil": distillation_loss(logits, teacher_of(case), *valid),
     }
