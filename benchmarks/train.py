@@ -10,6 +10,7 @@ it is where training time is worth saving.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _write_stores(root: Path, backbone: Backbone, distributed: DistributedContex
     precompute_captions(root / "captions", dataset.captions, backbone, distributed=distributed)
 
 
-def _stepper(config: RunConfig, distributed: DistributedContext):
+def _stepper(config: RunConfig, distributed: DistributedContext) -> Callable[[], object]:
     """A call that trains one step; every contestant has a run of its own."""
     dataset = load_training_split(config, distributed)
     torch.manual_seed(0)  # a backbone of random weights is the same each time

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import TrainingBatches
@@ -27,8 +29,9 @@ from models.errors import UserError
 from models.files import atomic_directory
 
 from .config import RunConfig, TrainingConfig, save_config
-from .distributed import average_gradients, broadcast_parameters, global_sum
+from .distributed import average_gradients, broadcast_parameters
 from .features import Embeddings, Features, StepInputs
+from .finite import FiniteGuard
 from .objectives import Objectives, StepLosses
 from .run_log import RunLog
 from .schedule import learning_rate
@@ -37,7 +40,14 @@ from .step_reader import StepReader
 STATE_FILE = "training_state.pt"
 
 
-def build_optimizer(model: EDJE, config: TrainingConfig) -> torch.optim.AdamW:
+class GuardedAdamW(torch.optim.AdamW):
+    """Fused AdamW whose update changes nothing where `found_inf` is 1, read on the device."""
+
+    found_inf: Tensor
+    """Scalar float32, under the name by which torch's fused optimizers know it."""
+
+
+def build_optimizer(model: EDJE, config: TrainingConfig) -> GuardedAdamW:
     """AdamW over the trainable parameters: matrices decay, norms, biases and single vectors do not.
 
     Each group carries its peak rate as `peak`: encoder_lr for the joint encoder, lr for the rest."""
@@ -51,10 +61,11 @@ def build_optimizer(model: EDJE, config: TrainingConfig) -> torch.optim.AdamW:
             rate = config.encoder_lr if in_encoder and config.encoder_lr is not None else config.lr
             key = (rate, config.weight_decay if decays else 0.0)
             groups.setdefault(key, []).append(parameter)
-    return torch.optim.AdamW(
+    return GuardedAdamW(
         [{"params": p, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
         betas=(0.9, 0.98),
         eps=1e-6,
+        fused=True,
     )
 
 
@@ -64,7 +75,7 @@ class Run:
 
     config: RunConfig
     model: EDJE
-    optimizer: torch.optim.AdamW
+    optimizer: GuardedAdamW
     distributed: DistributedContext
     dtype: torch.dtype
     """Of matrix products, the same on every rank; in training by autocast."""
@@ -72,6 +83,9 @@ class Run:
     """Optimizer steps done."""
     unreadable: dict[str, None] = field(default_factory=dict)
     """Images that could not be read, one line each."""
+
+    def __post_init__(self) -> None:
+        self.guard = FiniteGuard(self.distributed)
 
     @property
     def checkpoints(self) -> Path:
@@ -104,6 +118,8 @@ class Run:
         fusion = {name: getattr(restored.config, name) for name in ("fusion_lambda", "fusion_split")}
         self.model.config = replace(self.model.config, **fusion)
         configured = [{key: group[key] for key in ("peak", "weight_decay")} for group in self.optimizer.param_groups]
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = True  # also of a run that an older version began
         self.optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(self.optimizer.param_groups, configured, strict=True):
             group.update(values)  # a resumed run follows its configuration, which may have been changed
@@ -128,18 +144,17 @@ class Run:
         for old in sorted(self.checkpoints.glob("step-*"))[: -self.config.training.keep_checkpoints]:
             shutil.rmtree(old)
 
-    def update(self, steps_per_epoch: float) -> float:
+    def update(self, losses: Mapping[str, Tensor], steps_per_epoch: float) -> Tensor:
         """One optimizer step on the accumulated gradients; returns their global norm before clipping.
 
-        Raises UserError before anything moves if the norm is not finite."""
+        It changes nothing where the norm or one of `losses` is not finite; the next step then raises UserError."""
         training = self.config.training
         average_gradients(self.trainable, self.distributed)
-        clip = training.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, clip).item()
-        if not math.isfinite(norm):
-            raise UserError(f"step {self.step}: the gradient norm is {norm}; lower training.lr or use float32")
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, training.clip_norm or math.inf)
+        self.guard.watch(self.step, losses, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(training, group["peak"], self.step, steps_per_epoch)
+        self.optimizer.found_inf = self.guard.failed
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -174,11 +189,14 @@ def train(
             bar.update()
             is_last = run.step == training.steps
             if run.step % training.log_every == 0 or is_last:
+                run.guard.check()
                 bar.set_postfix_str(run_log.write(run.step, training.batch_size))
             if validation and (is_last or (training.evaluate_every and run.step % training.evaluate_every == 0)):
+                run.guard.check()
                 _validate(run, features, validation, run_log)
             run.unreadable.update(reader.unreadable)
             if run.step % training.checkpoint_every == 0 or is_last:
+                run.guard.check()
                 run.save()
     run_log.close(list(run.unreadable))
 
@@ -194,12 +212,13 @@ def _as_built(config: RunConfig, model: EDJE) -> RunConfig:
 
 def optimizer_step(
     run: Run, reader: StepReader, objectives: Objectives, steps_per_epoch: float
-) -> tuple[list[StepLosses], float]:
+) -> tuple[list[StepLosses], Tensor]:
     """Losses and gradients of the step's micro-batches, then one update; returns losses and gradient norm."""
     torch.manual_seed(_dropout_seed(run.config.seed, run.step, run.distributed.rank))
     run.model.train()
-    losses = [_backward(run, reader.next(), objectives) for _ in range(run.config.training.accumulation)]
-    return losses, run.update(steps_per_epoch)
+    micro_batches = [_backward(run, reader.next(), objectives) for _ in range(run.config.training.accumulation)]
+    losses = {name: torch.stack([m.losses[name] for m in micro_batches]).sum() for name in micro_batches[0].losses}
+    return micro_batches, run.update(losses, steps_per_epoch)
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -207,19 +226,11 @@ def _dropout_seed(seed: int, step: int, rank: int) -> int:
 
 
 def _backward(run: Run, inputs: StepInputs, objectives: Objectives) -> StepLosses:
-    """Losses and gradients of one micro-batch; stops, naming step and term, where a loss is not finite."""
+    """Losses and gradients of one micro-batch."""
     with _autocast(run):
-        losses = objectives(run.model, inputs)
-    finite = torch.stack([torch.isfinite(loss.detach()) for loss in losses.losses.values()])
-    broken = global_sum((~finite).float(), run.distributed)
-    if broken.any():
-        names = [name for name, count in zip(losses.losses, broken.tolist(), strict=True) if count]
-        raise UserError(
-            f"step {run.step}: the loss {' and '.join(names)} is not finite; nothing was updated, and the last "
-            "checkpoint is whole. Lower training.lr, or set training.precision=float32"
-        )
-    (losses.total / run.config.training.accumulation).backward()
-    return losses
+        found = objectives(run.model, inputs)
+    (found.total / run.config.training.accumulation).backward()
+    return StepLosses({name: loss.detach() for name, loss in found.losses.items()}, found.total.detach(), found.stats)
 
 
 def _autocast(run: Run) -> AbstractContextManager[object]:

@@ -8,6 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.results import Results
@@ -26,7 +28,7 @@ class RunLog:
     def __init__(self, output: Path, first_step: int, distributed: DistributedContext):
         """`first_step`: steps done so far; lines of later steps, left by a killed run, are dropped."""
         self.distributed, self.path = distributed, output / "metrics.jsonl"
-        self.values: dict[str, list[float]] = defaultdict(list)
+        self.values: dict[str, list[Tensor]] = defaultdict(list)
         self.steps, self.learning_rate = 0, 0.0
         self.started, self.waited_before, self.waited = time.perf_counter(), 0.0, 0.0
         self.board = None
@@ -38,17 +40,18 @@ class RunLog:
         for line in lines:
             tqdm.write(line)
 
-    def add(self, micro_batches: list[StepLosses], norm: float, rate: float, seconds_waited: float) -> None:
-        """One optimizer step."""
+    def add(self, micro_batches: list[StepLosses], norm: Tensor, rate: float, seconds_waited: float) -> None:
+        """One optimizer step. Its numbers stay on the device until a line is written."""
         self.steps, self.learning_rate, self.waited = self.steps + 1, rate, seconds_waited
         self.values["grad_norm"].append(norm)
         for result in micro_batches:
             for name, value in (result.losses | result.stats).items():
-                self.values[name].append(value.item())
+                self.values[name].append(value)
 
     def write(self, step: int, batch_size: int) -> str:
         """A line of metrics since the last one; returns a short form for the progress bar."""
-        of_ranks = self.distributed.gather_objects({name: sum(v) / len(v) for name, v in self.values.items()})
+        means = {name: torch.stack(values).double().mean() for name, values in self.values.items()}
+        of_ranks = self.distributed.gather_objects({name: mean.item() for name, mean in means.items()})
         metrics = {name: sum(rank[name] for rank in of_ranks) / len(of_ranks) for name in of_ranks[0]}
         seconds = time.perf_counter() - self.started
         metrics |= {
