@@ -4,6 +4,7 @@ One process:  python train.py --config configs/demo.yaml
 Eight GPUs:   torchrun --nproc_per_node=8 train.py --config configs/pretrain_siglip2_l16.yaml output=runs/NAME
 Override:     python train.py --config configs/demo.yaml training.lr=1e-4 data.root=DIR
 Resume:       the same command; it continues after the last complete checkpoint.
+All keys:     below, and in docs/config.md
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from models.distributed import process_group
 from models.errors import run_entry_point
 from models.precision import resolve_precision
 from training.config import RunConfig, load_config
+from training.config_reference import help_text
 from training.features import open_features, open_retriever
 from training.loop import Run, build_optimizer, train
 from training.objectives import Objectives, check_words
@@ -28,7 +30,9 @@ from training.setup import (
 
 
 def parse_arguments() -> RunConfig:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="YAML file, e.g. configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.lr=1e-4 output=runs/NAME")
     arguments = parser.parse_args()

@@ -37,11 +37,11 @@ class BackboneConfig:
     """The token model's timm tag (lvd142m, ...), .safetensors file, directory (config.json and model.safetensors in
     timm's layout), or `random`. Empty: one tower gives tokens and embedding."""
     token_stages: tuple[int, ...] = ()
-    """Convolutional towers: stages of the tower whose feature maps become tokens, e.g. (2, 3, 4). Empty for ViTs."""
+    """Convolutional towers: stages of the tower whose feature maps become tokens, e.g. [2, 3, 4]. Empty for ViTs."""
     token_grid: int = 0
     """Convolutional towers: side of the grid that each stage's map is resampled to; P = token_grid squared."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.token_model and not self.token_pretrained:
             raise UserError(
                 f"backbone.token_model is {self.token_model}, but backbone.token_pretrained is empty; set it to a tag "
@@ -59,13 +59,13 @@ class BackboneDims:
     """Sizes that the adapter and the text-recovery head are built for."""
 
     num_patches: int
-    """P, patch tokens an image."""
+    """P, patch tokens per image."""
     patch_width: int
     """Dv, width of a patch token."""
     embedding_width: int
     """De, width of the image and text embedding."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_at_least(self, "dims.", 1, "num_patches", "patch_width", "embedding_width")
 
 
@@ -85,7 +85,7 @@ class AdapterConfig:
     num_blocks: int = 1
     """compression: blocks of attention and MLP, one after the other, over the same patches. Published: 1."""
     learn_queries: bool = True
-    """compression: False keeps the queries at their random start, an ablation."""
+    """compression: false keeps the queries at their random initial values, an ablation."""
     mlp_width: int = 8192
     """Hidden width of the adapter's MLP. Published: 8192."""
     num_heads: int = 16
@@ -95,14 +95,14 @@ class AdapterConfig:
     layer_norm_eps: float = 1e-6
     """Epsilon of the adapter's LayerNorm. The published code takes the vision tower's."""
     query_std: float | None = None
-    """Deviation of the queries' initial values, None: Dv ** -0.5. At 4 (patch tokens have 1) the contrastive loss of
-    a narrow model from scratch fell in fewer steps: 2.5 instead of 3.0 after 120."""
+    """Standard deviation of the queries' initial values; null: Dv ** -0.5. Narrow models from scratch may need wider
+    queries, e.g. 4 where patch tokens have deviation 1."""
     places: float = 0.0
-    """Above 0: patch tokens get a learned table of places added, at first sines and cosines of row and column with this
-    amplitude (1 suits tokens of deviation 1), and the queries start as places too. For backbones whose tokens hardly
-    tell where they lie, so that "left of" cannot be learned from vision tokens. 0, the paper's: none."""
+    """Above 0: a learned table of position codes is added to the patch tokens. It starts as sines and cosines of row
+    and column with this amplitude (1 suits tokens of deviation 1); the queries start as position codes too. For
+    backbones whose tokens hardly tell their position, so that "left of" cannot be learned. 0, the paper's: none."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in ADAPTER_KINDS:
             raise UserError(f"adapter.kind is {self.kind!r}; expected one of {', '.join(ADAPTER_KINDS)}")
         _check_at_least(self, "adapter.", 1, "num_tokens", "num_blocks", "mlp_width", "num_heads")
@@ -125,22 +125,32 @@ class EncoderConfig:
     """A BERT encoder. The defaults are MiniLM-L12-H384-uncased's."""
 
     vocab_size: int = 30522
+    """Word pieces of the vocabulary; an encoder from scratch takes its vocabulary's size."""
     hidden_size: int = 384
+    """H, width of the joint encoder."""
     num_layers: int = 12
+    """Transformer layers."""
     num_heads: int = 12
+    """Attention heads of each layer; they divide hidden_size."""
     intermediate_size: int = 1536
+    """Hidden width of each layer's MLP."""
     activation: str = "gelu"
+    """gelu (exact, erf), gelu_new (tanh) or relu."""
     layer_norm_eps: float = 1e-12
+    """Epsilon of every LayerNorm."""
     max_positions: int = 512
     """Rows of the position table; extended by repeating its last row where captions and vision tokens outgrow it."""
     type_vocab_size: int = 2
+    """Segments: 0 for the caption, 1 for the vision tokens."""
     initializer_range: float = 0.02
-    """Deviation of random initial weights. BERT's 0.02 suits wide encoders; one of width 128 from scratch learned
-    twice as fast at 0.08, about hidden_size ** -0.5."""
+    """Standard deviation of random initial weights. BERT's 0.02 suits wide encoders; for narrow ones from scratch take
+    about hidden_size ** -0.5, e.g. 0.08 at width 128."""
     hidden_dropout: float = 0.1
+    """Dropout rate of embeddings and of each layer's outputs, in training."""
     attention_dropout: float = 0.1
+    """Dropout rate of attention weights, in training."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
         _check_at_least(self, "encoder.", 1, *sizes)
         _check_at_least(self, "encoder.", 2, "type_vocab_size")  # segments: caption, vision tokens
@@ -178,7 +188,7 @@ class EDJEConfig:
     fusion_split: str = ""
     """The split that fusion_lambda was chosen on; empty: not known."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_at_least(self, "", 4, "max_caption_tokens")  # [CLS], one word piece, two [SEP]
         if not 0 <= self.residual_similarity < math.inf:
             raise UserError(f"residual_similarity is {self.residual_similarity}; it must be at least 0 and finite")
@@ -187,5 +197,5 @@ class EDJEConfig:
 
     @property
     def num_vision_tokens(self) -> int:
-        """m: vision tokens an image has in the joint input."""
+        """m: vision tokens per image in the joint input."""
         return self.dims.num_patches if self.adapter.kind == "local" else self.adapter.num_tokens

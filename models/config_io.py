@@ -22,7 +22,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if _is_saved(f)}
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if is_saved(f)}
         return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
     return plain(config)
@@ -44,7 +44,7 @@ def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
         problems.append(f"'{prefix.rstrip('.') or 'the file'}' is {data!r}; expected a mapping of keys to values")
         return None
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if _is_saved(f)}
+    fields = {f.name: f for f in dataclasses.fields(cls) if is_saved(f)}
     problems += [
         unknown_key(prefix + str(key), [prefix + name for name in fields]) for key in data if key not in fields
     ]
@@ -63,9 +63,9 @@ def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
         return None
 
 
-def _is_saved(field: dataclasses.Field) -> bool:
-    """Whether files hold the field: not what is only known of how a configuration came about."""
-    return field.metadata.get("saved", True)
+def is_saved(field: dataclasses.Field) -> bool:
+    """Whether files hold the field; a record of how the configuration was made is not saved."""
+    return bool(field.metadata.get("saved", True))
 
 
 def _is_required(field: dataclasses.Field) -> bool:
@@ -81,7 +81,7 @@ def unknown_key(key: str, valid: list[str]) -> str:
 
 def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
     """`value` as the type of the field, or a problem noted. 1 passes for 1.0, and '3e-4' (a YAML string) for 0.0003."""
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _build(hint, value, key + ".", problems)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -101,12 +101,24 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
             pass
     elif type(value) is hint:
         return value
-    problems.append(f"'{key}' is {value!r}; expected {_type_name(hint)}")
+    problems.append(f"'{key}' is {value!r}; expected {type_name(hint)}")
     return None
 
 
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {_type_name(typing.get_args(hint)[0])}"
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-    return names.get(hint, str(hint))
+_TYPE_NAMES = {
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    str: ("a string", "strings"),
+    bool: ("true or false", "true or false"),
+    type(None): ("null", "null"),
+}
+
+
+def type_name(hint: Any, plural: bool = False) -> str:
+    """A field's type in words: `float | None` is "a number or null", `tuple[str, ...]` "a list of strings"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return f"{'lists' if plural else 'a list'} of {type_name(arguments[0], plural=True)}"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(type_name(argument, plural) for argument in arguments)
+    return _TYPE_NAMES[hint][plural]

@@ -59,6 +59,7 @@ class DataConfig:
     val_annotations: str = ""
     """Annotation file of `val_split`. Empty: `annotations`, which must then hold several splits, as Karpathy's do."""
     train_split: str = "train"
+    """Split to train on."""
     val_split: str = "val"
     """Split for evaluations during training and for the fusion's lambda; empty: none."""
     shards: str | tuple[str, ...] = ""
@@ -69,7 +70,7 @@ class DataConfig:
     """Folder for what is known of shards, and of lists of millions of pairs, as memory-mapped columns that are written
     once and shared by all processes. Empty: of shards, `cache` in `output`; lists are held in memory by every rank."""
     store: str = ""
-    """Patch-token store of all splits (scripts/precompute_tokens.py). Empty: images, one backbone pass a step."""
+    """Patch-token store of all splits (scripts/precompute_tokens.py). Empty: images, one backbone pass per step."""
     caption_store: str = ""
     """Store of the captions' text embeddings; goes with `store`."""
     num_workers: int = 0
@@ -98,10 +99,10 @@ class NegativesConfig:
     """Hard negatives: mined by the backbone's own similarity over the global batch (paper, training section)."""
 
     mode: str = "pairs"
-    """`pairs`, the paper's: `per_positive` images and captions a positive. `groups`: `group_size` mutual neighbours,
+    """`pairs`, the paper's: `per_positive` images and captions per positive. `groups`: `group_size` mutual neighbours,
     all pairs scored, cross-entropy over rows and columns: about half the pairs for as many negatives."""
     per_positive: int = 1
-    """pairs: hard negatives a positive, in each direction. Published: 1."""
+    """pairs: hard negatives per positive, in each direction. Published: 1."""
     sampled: bool = False
     """pairs: draw negatives in proportion to exp(similarity / temperature) instead of taking the hardest."""
     temperature: float = 0.05
@@ -150,7 +151,9 @@ class ObjectivesConfig:
     """Weights of the losses; 0 leaves an objective, and its forward pass, out. Paper: 1 each, ITC 0."""
 
     itm: float = 1.0
+    """Image-text matching: the match logit tells a caption's image from hard negatives."""
     mlm: float = 1.0
+    """Masked language modelling of the caption, given the image."""
     mlm_probability: float = 0.5
     """Share of a caption's tokens that is masked. Published: 0.5."""
     mlm_words: tuple[tuple[str, ...], ...] = ()
@@ -158,6 +161,8 @@ class ObjectivesConfig:
     masked, each with mlm_probability (1 hides all of them). What is left then names everything else, so the image must
     be asked which object has which colour, or stands where; random masks hide that, or let it be guessed."""
     text_recovery: float = 1.0
+    """Text-embedding recovery: the joint encoder, given the caption alone, predicts the backbone's
+    text embedding."""
     itc: float = 0.0
     """Image-text contrast between a vision-only and a text-only pass."""
     altered_captions: float = 0.0
@@ -170,6 +175,7 @@ class ObjectivesConfig:
     """First steps without ITM and distillation: an alignment stage by contrast, MLM and altered captions, where ITM
     stays at chance."""
     distillation: float = 0.0
+    """The teacher's match logits as targets; see `teacher`."""
     teacher: str = ""
     """Checkpoint of the local model whose logits are distilled; goes with a distillation weight above 0."""
 
@@ -198,20 +204,23 @@ class TrainingConfig:
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 256
-    """Image-caption pairs an optimizer step, over all ranks. Published: 32 on each of 8 GPUs."""
+    """Image-caption pairs per optimizer step, over all ranks. Published: 32 on each of 8 GPUs."""
     accumulation: int = 1
-    """Micro-batches an optimizer step; negatives are mined within a micro-batch, over all ranks."""
+    """Micro-batches per optimizer step; negatives are mined within a micro-batch, over all ranks."""
     lr: float = 3e-4
     """Peak learning rate. Published: 3e-4 in pretraining, 2e-5 in fine-tuning."""
     encoder_lr: float | None = None
     """Peak learning rate of the joint encoder, where it should differ from `lr`."""
     warmup_steps: int = 100
-    """Linear warm-up from warmup_lr."""
+    """Steps of linear warm-up from warmup_lr to the peak."""
     warmup_lr: float = 1e-6
+    """Learning rate that warm-up starts from."""
     decay: str = "cosine"
-    """`cosine` to min_lr at the last step; or, published, `exponential`: times decay_rate an epoch, down to min_lr."""
+    """`cosine` to min_lr at the last step; or, published, `exponential`: times decay_rate per epoch, down to min_lr."""
     decay_rate: float = 0.9
+    """`exponential`: factor per epoch. Published: 0.9."""
     min_lr: float = 1e-6
+    """Learning rate that the decay ends at."""
     weight_decay: float = 0.05
     """AdamW, matrices only: norms, biases and single vectors do not decay."""
     clip_norm: float = 1.0
@@ -223,10 +232,13 @@ class TrainingConfig:
     resume: str = "auto"
     """`auto`: continue after the last checkpoint in `output`; `never`: refuse to start over one."""
     log_every: int = 10
+    """Steps between lines of the log and of metrics.jsonl."""
     evaluate_every: int = 0
     """Steps between evaluations on data.val_split; 0: only at the end."""
     checkpoint_every: int = 500
+    """Steps between checkpoints to resume from."""
     keep_checkpoints: int = 2
+    """Checkpoints to keep; older ones are deleted."""
 
     def __post_init__(self) -> None:
         allowed = {
@@ -252,7 +264,7 @@ class EvaluationConfig:
     """Evaluations during training and at its end, on data.val_split."""
 
     k: int = 10
-    """Rerank pool: the embedding's first k candidates a query. Published: 10."""
+    """Rerank pool: the embedding's first k candidates per query. Published: 10."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +274,9 @@ class RunConfig:
     output: str = "runs/run"
     """Directory of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."""
     seed: int = 42
+    """Of initial weights, data order, masks and negatives."""
     device: str = "auto"
+    """`auto`: a GPU if there is one, else the CPU; or a torch device, e.g. `cpu`."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

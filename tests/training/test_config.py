@@ -1,13 +1,19 @@
-"""Configurations: inheritance, overrides, and errors that name key, file and mend."""
+"""Configurations: inheritance, overrides, and errors that name key, file and remedy, and the reference of all keys."""
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from models.config_io import to_dict, type_name
 from models.errors import UserError
 from training.config import RunConfig, load_config, save_config
+from training.config_reference import markdown, sections
 
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
     path
     for folder in (
@@ -17,7 +23,7 @@ CONFIGS = sorted(
         "configs/demo_pretraining",
         "configs/emoji_pretraining",
     )
-    for path in (Path(__file__).parents[2] / folder).glob("*.yaml")
+    for path in (ROOT / folder).glob("*.yaml")
 )
 
 
@@ -109,3 +115,41 @@ def test_annotations_are_one_file_or_a_list_of_files(tmp_path):
         load_config(file, ["data.annotations=3"])
     with pytest.raises(UserError, match="'data.annotations' is 3; expected"):
         load_config(file, ["data.annotations=[a.json, 3]"])
+
+
+def test_the_reference_gives_every_key_its_meaning_type_and_default():
+    keys = {key.name: key for section in sections(RunConfig()) for key in section.keys}
+    assert set(keys) == set(flattened(to_dict(RunConfig())))
+    assert [name for name, key in keys.items() if not key.meaning] == []
+    assert keys["training.encoder_lr"].kind == "a number or null" and keys["training.encoder_lr"].default == "null"
+    assert keys["training.steps"].meaning == "Optimizer steps." and keys["training.steps"].default == "1000"
+
+
+def flattened(data: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in data.items():
+        yield from flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+
+def test_docs_config_md_is_current():
+    assert (ROOT / "docs" / "config.md").read_text() == markdown(), (
+        "run: python -m training.config_reference > docs/config.md"
+    )
+
+
+def test_train_py_help_lists_every_key():
+    shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, check=True, capture_output=True, text=True)
+    for section in sections(RunConfig()):
+        for key in section.keys:
+            assert f"  {key.name}: {key.kind} (default {key.default})\n" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        (float | None, "a number or null"),
+        (str | tuple[str, ...], "a string or a list of strings"),
+        (tuple[tuple[str, ...], ...], "a list of lists of strings"),
+    ],
+)
+def test_a_type_is_said_in_words(hint, words):
+    assert type_name(hint) == words
