@@ -5,9 +5,12 @@ earlier test. Under torchrun, and in the demo, the tests start scripts the ordin
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -18,27 +21,40 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["open_clip", "transformers.models.auto.tokenization_auto"])
 
 
-def start_script(script: str, *arguments: str | Path, out: Path, err: Path) -> multiprocessing.Process:
-    """Start `python ROOT/script arguments` in the folder /, its output going to two files."""
-    process = _server.Process(target=_run, args=(script, list(map(str, arguments)), out, err))
-    process.start()
-    return process
+def run_script(script: str, *arguments: str | Path, kill_at: tuple[str, int] | None = None) -> CompletedProcess:
+    """Run `python ROOT/script arguments` in the folder / to its end: exit status and output.
 
-
-def run_script(script: str, *arguments: str | Path) -> CompletedProcess:
-    """The same to its end: exit status and output."""
+    kill_at: a function's full name and a number; that call of it ends the process with SIGKILL, wherever it is then.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = start_script(script, *arguments, out=out, err=err)
+        process = _server.Process(target=_run, args=(script, list(map(str, arguments)), out, err, kill_at))
+        process.start()
         process.join()
         return CompletedProcess([script, *arguments], process.exitcode, out.read_text(), err.read_text())
 
 
-def _run(script: str, arguments: list[str], out: Path, err: Path) -> None:
+def _run(script: str, arguments: list[str], out: Path, err: Path, kill_at: tuple[str, int] | None) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     multiprocessing.set_start_method(None, force=True)  # the platform's own: it would be this server's for all below
     os.chdir("/")
     sys.argv = [str(ROOT / script), *arguments]
     sys.path[0] = str((ROOT / script).parent)  # what `python script` puts there, instead of the tests' paths
+    if kill_at is not None:
+        _kill_at(*kill_at)
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _kill_at(function: str, call: int) -> None:
+    """Replace a module's function by one that kills this process at its `call`-th call, counted from 1."""
+    module_name, _, name = function.rpartition(".")
+    module, calls = importlib.import_module(module_name), itertools.count(1)
+    original = getattr(module, name)
+
+    def counted(*arguments, **options):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(module, name, counted)

@@ -164,7 +164,7 @@ def test_stores_named_by_the_run_stand_for_images_and_backbone(run, tmp_path, sc
 def launch(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, "-m", *torchrun, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -163,34 +163,33 @@ def test_the_format_adds_less_than_one_percent_to_64_tokens_of_384(tmp_path):
 
 
 WRITE_UNTIL_KILLED = """
-import sys, torch
+import os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-from test_token_store import make_writer, random_items, write_shards
-tokens, embeddings = random_items(40)
-writer = make_writer({path!r}, 40)
-for shard in writer.missing_shards():
-    write_shards(writer, tokens, embeddings, [shard])
-    print(shard, flush=True)
+from test_token_store import write_store
+rename = os.replace
+def replace(source, target):
+    if target.name == "shard-00003.bin":
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+os.replace = replace
+write_store({path!r}, count=40)
 """
 
 
 def test_a_killed_writer_goes_on_at_the_first_missing_shard_to_identical_bytes(tmp_path):
+    """SIGKILL when the fourth of ten shards is written and not yet renamed."""
     write_store(tmp_path / "whole", count=40)
     code = WRITE_UNTIL_KILLED.format(root=str(ROOT), tests=str(Path(__file__).parent), path=str(tmp_path / "s"))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    while process.stdout.readline().strip() != "2":
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (tmp_path / "s" / "shard-00007.bin.tmp-0badf00d").write_bytes(b"half a shard")
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert list((tmp_path / "s").glob("shard-00003.bin.tmp-*"))
     with pytest.raises(UserError, match="unfinished"):
         TokenStore.open(tmp_path / "s")
     tokens, embeddings = random_items(40)
     writer = make_writer(tmp_path / "s", 40)
-    missing = writer.missing_shards()
-    assert missing == list(range(missing[0], 10)) and missing[0] >= 3
+    assert writer.missing_shards() == list(range(3, 10))
     finished = (tmp_path / "s" / "shard-00000.bin").stat().st_mtime_ns
-    write_shards(writer, tokens, embeddings, missing)
+    write_shards(writer, tokens, embeddings, writer.missing_shards())
     writer.finish()
     assert (tmp_path / "s" / "shard-00000.bin").stat().st_mtime_ns == finished
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
