@@ -121,4 +121,6 @@ def type_name(hint: Any, plural: bool = False) -> str:
         return f"{'lists' if plural else 'a list'} of {type_name(arguments[0], plural=True)}"
     if origin in (types.UnionType, typing.Union):
         return " or ".join(type_name(argument, plural) for argument in arguments)
+    if hint is dict or origin is dict or dataclasses.is_dataclass(hint):
+        return "mappings" if plural else "a mapping"
     return _TYPE_NAMES[hint][plural]
