@@ -4,6 +4,7 @@ python scripts/ablate.py configs/demo_ablations/*.yaml --seeds 0 1 2 --out runs/
 python scripts/ablate.py configs/demo_ablations/*.yaml --out runs/ablations training.steps=100      overrides, for all
 python scripts/ablate.py configs/demo_ablations/*.yaml --seeds 0 1 2 --time-again    after runs side by side
 python scripts/ablate.py --table benchmarks/results/demo_ablations/ablations.json    a record's table again
+python scripts/ablate.py --table benchmarks/results/demo_ablations/ablations.json --against local m16 m8    differences
 
 Runs lie in OUT/CONFIG/seedN: what is done is skipped, what was killed continues. The first config is the one that the
 others are compared with. Written: OUT/ablations.json, ablations.md, ablations.svg.
@@ -119,6 +120,23 @@ def table(entries: list[dict[str, Any]]) -> str:
     return aligned(rows)
 
 
+def differences(entries: list[dict[str, Any]], names: Sequence[str]) -> str:
+    """Markdown: R@1 of the entries `names[1:]`, or of all others, minus that of the entry `names[0]`.
+
+    Raises UserError for a name that no entry has."""
+    by_name = {entry["name"]: entry for entry in entries}
+    if unknown := sorted(set(names) - by_name.keys()):
+        raise UserError(f"--against names {', '.join(unknown)}; the record has {', '.join(by_name)}")
+    base, *others = names
+    scores = {"reranked": "match logit", "fused": "fused"}
+    columns = [(d, c) for d in DIRECTION_TITLES for c in scores if all(c in e["R@1"][d] for e in entries)]
+    rows = [[f"against {base}", *(f"{d.upper()}, {scores[c]}" for d, c in columns)]]
+    for name in others or [name for name in by_name if name != base]:
+        recalls = [(by_name[name]["R@1"][d][c], by_name[base]["R@1"][d][c]) for d, c in columns]
+        rows.append([name, *(difference(values, of_base) for values, of_base in recalls)])
+    return aligned(rows)
+
+
 def plot(entries: list[dict[str, Any]]) -> str:
     """Two panels: T2I R@1 of the match logit against bytes an image, and against milliseconds a query."""
     panels = []
@@ -145,9 +163,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="ms a query from one more evaluation of each config's first seed, for runs that shared a machine",
     )
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="run nothing; print an ablations.json")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="NAME",
+        help="with --table: differences in R@1 from the first NAME, of the other names (default: of all)",
+    )
     arguments = parser.parse_intermixed_args(argv)
     if arguments.table:
-        print(table(read_entries(arguments.table)))
+        entries = read_entries(arguments.table)
+        print(differences(entries, arguments.against) if arguments.against else table(entries))
         return
     overrides = [text for text in arguments.configs if "=" in text]
     configs = [Path(text) for text in arguments.configs if "=" not in text]

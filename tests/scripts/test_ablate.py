@@ -5,7 +5,8 @@ import json
 import pytest
 import yaml
 
-from scripts.ablate import difference
+from models.errors import UserError
+from scripts.ablate import difference, main
 from tests.processes import ROOT, run_script
 
 
@@ -46,6 +47,23 @@ def test_a_difference_within_twice_its_standard_error_is_noise():
     assert difference([82.0, 83.0, 81.0], [80.0, 82.5, 81.5]).endswith("(noise)")
     assert difference([90.0, 91.0, 90.5], [80.0, 81.0, 80.5]) == "+10.0 ± 0.8"
     assert difference([90.0], [80.0]) == "+10.0"
+
+
+def test_a_record_gives_the_differences_from_any_of_its_configs_in_every_column(tmp_path, capsys):
+    recalls = {"a": [80.0, 81.0], "b": [85.0, 86.0], "c": [80.0, 82.0]}
+    record = [
+        {"name": name, "R@1": {"t2i": {"reranked": seeds, "fused": seeds}, "i2t": {"reranked": seeds}}}
+        for name, seeds in recalls.items()
+    ]
+    (tmp_path / "ablations.json").write_text(json.dumps(record))
+    main(["--table", str(tmp_path / "ablations.json"), "--against", "b"])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["against b", "T2I, match logit", "T2I, fused", "I2T, match logit"]
+    assert lines[2:] == [["a", *3 * ["-5.0 ± 1.4"]], ["c", *3 * ["-4.5 ± 2.2"]]]
+    main(["--table", str(tmp_path / "ablations.json"), "--against", "a", "c"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    with pytest.raises(UserError, match="--against names d; the record has a, b, c"):
+        main(["--table", str(tmp_path / "ablations.json"), "--against", "d"])
 
 
 @pytest.mark.parametrize(
