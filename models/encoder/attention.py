@@ -48,17 +48,17 @@ class AttentionByLength:
         self._filled = [_filled_keys(group) if fill_keys else None for group in groups]
 
     def __call__(self, queries: Tensor, keys_values: Tensor, one_query: bool = False) -> Tensor:
-        sizes = [group.count * (1 if one_query else group.length) for group in self.groups]
+        sizes = [group.sequences * (1 if one_query else group.length) for group in self.groups]
         # split, not slices: the gradient of a slice is a whole tensor of zeros for each group.
         queries = queries.unflatten(1, (self.num_heads, -1)).split(sizes)
-        keys_values = keys_values.split([group.count * group.length for group in self.groups])
+        keys_values = keys_values.split([group.sequences * group.length for group in self.groups])
         contexts = []
         for group, query, rows, filled in zip(self.groups, queries, keys_values, self._filled, strict=True):
-            query, mask = query.unflatten(0, (group.count, -1)).transpose(1, 2), None
+            query, mask = query.unflatten(0, (group.sequences, -1)).transpose(1, 2), None
             if filled is not None:
                 index, mask = filled
                 rows = rows.index_select(0, index)
-            key, value = rows.view(group.count, -1, 2, self.num_heads, query.shape[-1]).permute(2, 0, 3, 1, 4)
+            key, value = rows.view(group.sequences, -1, 2, self.num_heads, query.shape[-1]).permute(2, 0, 3, 1, 4)
             context = _attention(query, key, value, mask, self.dropout)
             contexts.append(context.transpose(1, 2).flatten(2).flatten(0, 1))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
@@ -104,7 +104,7 @@ class AttentionAtOnce:
         self.dropout = dropout
         self.longest = groups[-1].length
         # Made on the CPU and sent: what a GPU counted, the CPU would have to wait for.
-        lengths, counts = torch.tensor([(group.length, group.count) for group in groups]).unbind(1)
+        lengths, counts = torch.tensor([(group.length, group.sequences) for group in groups]).unbind(1)
         self._lengths = lengths.repeat_interleave(counts)
         self._device = device
         self._has_kernel = has_kernel(device)
@@ -157,6 +157,6 @@ def _filled_keys(group: Group) -> tuple[Tensor, Tensor] | None:
     if keys == group.length:
         return None
     position = torch.arange(keys)
-    starts = torch.arange(0, group.count * group.length, group.length)
+    starts = torch.arange(0, group.sequences * group.length, group.length)
     index = starts.unsqueeze(1) + position.clamp(max=group.length - 1)
     return index.flatten(), (position < group.length)[None, None, None]

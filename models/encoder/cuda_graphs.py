@@ -104,11 +104,12 @@ class RecordedPasses:
         """[Q, H], in the caller's order."""
         size = Size.around(packed)
         with self._lock, torch.cuda.device(packed.embeddings.device):
-            if self._buffers is None or len(self._buffers.cls_rows) <= size.sequences:
-                self._make_buffers(packed.embeddings, size)
-            self._buffers.fill(packed, size)
+            buffers = self._buffers
+            if buffers is None or len(buffers.cls_rows) <= size.sequences:
+                buffers = self._buffers = self._make_buffers(packed.embeddings, size)
+            buffers.fill(packed, size)
             if size not in self._recorded:
-                self._recorded[size] = self._record(size)
+                self._recorded[size] = self._record(buffers, size)
                 if len(self._recorded) > MOST_RECORDED:
                     self._recorded.popitem(last=False)
             self._recorded.move_to_end(size)
@@ -117,11 +118,11 @@ class RecordedPasses:
             return result[: len(packed.cls_rows)].clone()
 
     @torch.inference_mode(False)  # or no later call outside of it could fill them
-    def _make_buffers(self, embeddings: Tensor, size: Size) -> None:
+    def _make_buffers(self, embeddings: Tensor, size: Size) -> _Buffers:
         """Zeros: what stands behind the last row must be finite."""
         self._recorded.clear()
         zeros = embeddings.new_zeros
-        self._buffers = _Buffers(
+        return _Buffers(
             embeddings=zeros(MOST_ROWS, embeddings.shape[1]),
             positions=zeros(MOST_ROWS, dtype=torch.int64),
             segments=zeros(MOST_ROWS, dtype=torch.int64),
@@ -130,19 +131,19 @@ class RecordedPasses:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _record(self, size: Size) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _record(self, buffers: _Buffers, size: Size) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._run(size)  # whatever is set up at a first call must not be recorded
+            self._run(buffers, size)  # whatever is set up at a first call must not be recorded
         torch.cuda.current_stream().wait_stream(stream)
         pool = next((recorded.pool() for recorded, _ in self._recorded.values()), None)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may allocate
-            result = self._run(size)
+            result = self._run(buffers, size)
         return graph, result
 
-    def _run(self, size: Size) -> Tensor:
-        packed, starts = self._buffers.view(size)
+    def _run(self, buffers: _Buffers, size: Size) -> Tensor:
+        packed, starts = buffers.view(size)
         return self._encode(packed, VariableLengthKernel(starts, size.longest, self._num_heads))
 
 

@@ -28,7 +28,7 @@ from ..language.captions import CaptionIds
 from ..language.pretrained import read_bert, read_bert_config
 from ..precision import fastest_dtype
 from .attention import has_kernel, sequence_attention
-from .bert import MaskedLanguageHead, bert_parameters, initialise
+from .bert import MaskedLanguageHead, bert_parameters, initialise, submodule
 from .cuda_graphs import RecordedPasses
 from .linear import ACTIVATIONS, Linear, fuse
 from .mixture import Sequences, pack_mixture
@@ -72,7 +72,6 @@ class EncoderPass(ABC):
     config: EncoderConfig
     special: SpecialTokens
     training: bool
-    dtype: torch.dtype
 
     @abstractmethod
     def weights(self) -> EncoderWeights:
@@ -82,6 +81,11 @@ class EncoderPass(ABC):
     @abstractmethod
     def word_table(self) -> Tensor:
         """[V, H]"""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the layers' weights, and of what a pass returns."""
 
     def pack_pairs(
         self, captions: CaptionIds, tokens: Tensor, caption_index: Tensor, image_index: Tensor
@@ -198,13 +202,15 @@ class JointEncoder(EncoderPass, nn.Module):
         self.config = config
         self.special = SpecialTokens(cls_id, sep_id)
         self.bert = bert_parameters(config)
-        word_embeddings = self.bert["embeddings"]["word_embeddings"]
-        self.cls = nn.ModuleDict({"predictions": MaskedLanguageHead(config, word_embeddings)})
+        self.cls = nn.ModuleDict({"predictions": MaskedLanguageHead(config, self._table("word"))})
         self.apply(partial(initialise, std=config.initializer_range))
 
     @property
     def word_table(self) -> Tensor:
-        return self.bert["embeddings"]["word_embeddings"].weight
+        return self._table("word").weight
+
+    def _table(self, name: str) -> nn.Embedding:
+        return submodule(self.bert, f"embeddings.{name}_embeddings", nn.Embedding)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -212,22 +218,21 @@ class JointEncoder(EncoderPass, nn.Module):
 
     def weights(self) -> EncoderWeights:
         """The parameters as the pass wants them; gradients flow through the concatenation of keys and values."""
-        embeddings = self.bert["embeddings"]
         return EncoderWeights(
             words=self.word_table,
-            positions=embeddings["position_embeddings"].weight,
-            segments=embeddings["token_type_embeddings"].weight,
-            norm=_norm(embeddings["LayerNorm"]),
-            layers=tuple(_layer_weights(layer) for layer in self.bert["encoder"]["layer"]),
+            positions=self._table("position").weight,
+            segments=self._table("token_type").weight,
+            norm=_norm(self.bert, "embeddings.LayerNorm"),
+            layers=tuple(map(_layer_weights, submodule(self.bert, "encoder.layer", nn.ModuleList))),
         )
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, H] -> logits over the vocabulary [R, V], by the language model's own head."""
-        return self.cls["predictions"](hidden)
+        return submodule(self.cls, "predictions", MaskedLanguageHead)(hidden)
 
     def extend_positions(self, rows: int) -> None:
         """Lengthen the position table to `rows` by repeating its last row; a longer table stays as it is."""
-        embedding = self.bert["embeddings"]["position_embeddings"]
+        embedding = self._table("position")
         if rows > embedding.num_embeddings:
             embedding.weight = nn.Parameter(with_rows(embedding.weight.detach(), rows))
             embedding.num_embeddings = rows
@@ -273,28 +278,33 @@ class JointEncoder(EncoderPass, nn.Module):
         return OptimizedEncoder(self, dtype or fastest_dtype(self.word_table.device))
 
 
-def _norm(module: nn.LayerNorm) -> Norm:
-    return Norm(module.weight, module.bias)
+def _norm(module: nn.Module, path: str) -> Norm:
+    norm = submodule(module, path, nn.LayerNorm)
+    return Norm(norm.weight, norm.bias)
 
 
-def _linear(*modules: nn.Linear) -> Linear:
-    """One linear map that gives the outputs of all `modules`, one behind the other."""
+def _linear(module: nn.Module, *paths: str) -> Linear:
+    """One linear map that gives the outputs of all maps at `paths`, one behind the other."""
+    modules = [submodule(module, path, nn.Linear) for path in paths]
     if len(modules) == 1:
         return Linear(modules[0].weight, modules[0].bias)
     return Linear(torch.cat([module.weight for module in modules]), torch.cat([module.bias for module in modules]))
 
 
-def _layer_weights(layer: nn.ModuleDict) -> LayerWeights:
-    attention, output = layer["attention"]["self"], layer["attention"]["output"]
+def _layer_weights(layer: nn.Module) -> LayerWeights:
     return LayerWeights(
-        query=_linear(attention["query"]),
-        key_value=_linear(attention["key"], attention["value"]),
-        attention_output=_linear(output["dense"]),
-        attention_norm=_norm(output["LayerNorm"]),
-        intermediate=_linear(layer["intermediate"]["dense"]),
-        output=_linear(layer["output"]["dense"]),
-        output_norm=_norm(layer["output"]["LayerNorm"]),
+        query=_linear(layer, "attention.self.query"),
+        key_value=_linear(layer, "attention.self.key", "attention.self.value"),
+        attention_output=_linear(layer, "attention.output.dense"),
+        attention_norm=_norm(layer, "attention.output.LayerNorm"),
+        intermediate=_linear(layer, "intermediate.dense"),
+        output=_linear(layer, "output.dense"),
+        output_norm=_norm(layer, "output.LayerNorm"),
     )
+
+
+def _float32_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().clone()
 
 
 def with_rows(table: Tensor, rows: int) -> Tensor:
@@ -331,23 +341,38 @@ class OptimizedEncoder(EncoderPass):
     training = False
 
     def __init__(self, encoder: JointEncoder, dtype: torch.dtype):
-        self.config, self.special, self.dtype = encoder.config, encoder.special, dtype
+        self.config, self.special, self._dtype = encoder.config, encoder.special, dtype
         with torch.no_grad():
             weights = encoder.weights()
             self._weights = EncoderWeights(
-                *(table.detach().float().clone() for table in (weights.words, weights.positions, weights.segments)),
-                norm=Norm(*(part.detach().float().clone() for part in weights.norm)),
+                words=_float32_copy(weights.words),
+                positions=_float32_copy(weights.positions),
+                segments=_float32_copy(weights.segments),
+                norm=Norm(_float32_copy(weights.norm.weight), _float32_copy(weights.norm.bias)),
                 layers=tuple(self._prepare(layer) for layer in weights.layers),
             )
         recordable = dtype == torch.bfloat16 and has_kernel(self.word_table.device)
         self._recorded = RecordedPasses(self._record_cls, self.config.num_heads) if recordable else None
 
     def _prepare(self, layer: LayerWeights) -> LayerWeights:
-        def prepare(part: Linear | Norm) -> Linear | Norm:
-            weight, bias = (tensor.detach().to(self.dtype, copy=True) for tensor in (part.weight, part.bias))
-            return Norm(weight, bias) if isinstance(part, Norm) else fuse(Linear(weight, bias))
+        def linear(part: Linear) -> Linear:
+            return fuse(Linear(copy(part.weight), copy(part.bias)))
 
-        return LayerWeights(*map(prepare, layer))
+        def norm(part: Norm) -> Norm:
+            return Norm(copy(part.weight), copy(part.bias))
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(self._dtype, copy=True)
+
+        return LayerWeights(
+            query=linear(layer.query),
+            key_value=linear(layer.key_value),
+            attention_output=linear(layer.attention_output),
+            attention_norm=norm(layer.attention_norm),
+            intermediate=linear(layer.intermediate),
+            output=linear(layer.output),
+            output_norm=norm(layer.output_norm),
+        )
 
     def weights(self) -> EncoderWeights:
         return self._weights
@@ -355,6 +380,10 @@ class OptimizedEncoder(EncoderPass):
     @property
     def word_table(self) -> Tensor:
         return self._weights.words
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
 
     @torch.no_grad()  # not inference_mode: a teacher's logits enter a loss
     def encode(self, packed: PackedInput, rows: Tensor | None = None) -> Tensor:

@@ -23,15 +23,15 @@ from ..language.captions import CaptionIds
 
 
 class Group(NamedTuple):
-    """`count` sequences of `length` rows each, lying one behind the other from row `start`."""
+    """`sequences` sequences of `length` rows each, one behind the other from row `start`."""
 
     start: int
-    count: int
+    sequences: int
     length: int
 
     @property
     def rows(self) -> slice:
-        return slice(self.start, self.start + self.count * self.length)
+        return slice(self.start, self.start + self.sequences * self.length)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def test_groups_are_runs_of_equal_length_shortest_first():
     ]
     packed = pack_mixture(WORDS, SPECIAL, tokens, kinds).packed
     # joint 7, 5, 9 rows; text only 4, 2, 6; vision only 4, 4
-    assert [(g.start, g.count, g.length) for g in packed.groups] == [
+    assert [(g.start, g.sequences, g.length) for g in packed.groups] == [
         (0, 1, 2), (2, 3, 4), (14, 1, 5), (19, 1, 6), (25, 1, 7), (32, 1, 9)
     ]  # fmt: skip
     assert packed.cls_rows.tolist() == [25, 14, 32, 2, 0, 19, 6, 10]

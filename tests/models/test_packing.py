@@ -83,4 +83,4 @@ def test_parts_are_the_rows_in_order_and_cut_no_sequence(max_rows):
     for part in parts:
         assert len(part.embeddings) <= max_rows or len(part.cls_rows) == 1
         assert torch.equal(part.cls_rows, (part.positions == 0).nonzero().squeeze(1))
-        assert sum(group.count * group.length for group in part.groups) == len(part.embeddings)
+        assert sum(group.sequences * group.length for group in part.groups) == len(part.embeddings)
