@@ -62,6 +62,12 @@ class Fields:
             return value
         self._refuse(name, "a list of texts")
 
+    def list_of_numbers(self, name: str) -> list[float]:
+        value = self.content.get(name)
+        if isinstance(value, list) and all(_is_number(part) for part in value):
+            return value
+        self._refuse(name, "a list of numbers")
+
     def numbers(self, name: str) -> dict[str, float]:
         """An object of numbers."""
         inside = self.inside(name)
@@ -83,7 +89,9 @@ class Fields:
     def optional_truth(self, name: str) -> bool | None:
         """true, false or null."""
         value = self.content.get(name)
-        return value if isinstance(value, bool) or self.is_null(name) else self._refuse(name, "true, false or null")
+        if isinstance(value, bool) or (value is None and name in self.content):
+            return value
+        self._refuse(name, "true, false or null")
 
     def is_null(self, name: str) -> bool:
         return name in self.content and self.content[name] is None

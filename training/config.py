@@ -310,7 +310,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, what it inherits through `base:`, and `key.path=value` overrides; validate the whole.
 
     Raises UserError naming the file and the key."""
-    data = _read_with_base(Path(path), seen=())
+    data = read_with_base(Path(path))
     for override in overrides:
         _apply_override(data, override)
     return replace(from_dict(RunConfig, data, where=str(path)), given=frozenset(_leaf_keys(data)))
@@ -329,7 +329,8 @@ def save_config(config: RunConfig, path: Path) -> None:
     write_atomically(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
-def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def read_with_base(path: Path, seen: tuple[Path, ...] = (), inherit: bool = True) -> dict[str, Any]:
+    """The keys of a YAML file, over those of the file that its `base:` names, unless `inherit` is False."""
     if path.resolve() in seen:
         raise UserError(f"{path}: `base:` leads back to this file")
     try:
@@ -340,18 +341,18 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds {type(data).__name__}; expected a mapping of keys to values")
-    base = data.pop("base", None)
+    base = data.pop("base", None) if inherit else None
     if base is None:
         return data
-    return _merge(_read_with_base(path.parent / base, (*seen, path.resolve())), data)
+    return merge(read_with_base(path.parent / base, (*seen, path.resolve())), data)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`, key by key at every depth."""
     merged = dict(base)
     for key, value in over.items():
         both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both_mappings else value
+        merged[key] = merge(merged[key], value) if both_mappings else value
     return merged
 
 
