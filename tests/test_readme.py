@@ -73,21 +73,37 @@ def test_files_that_the_readme_names_exist():
         assert (ROOT / name).exists(), name
 
 
-def test_the_quick_start_prints_what_the_readme_shows(tmp_path, monkeypatch, capsys):
-    text = (ROOT / "README.md").read_text()
-    command = re.search(r"^python -m data\.scenes (.+)$", text, re.M).group(1)
-    code, shown = re.search(r"\[start:quickstart\] -->\n```python\n(.+?)```\n```\n(.+?)```", text, re.S).groups()
+@pytest.fixture
+def checkout_with_scenes(tmp_path, monkeypatch, capsys):
+    """A working directory like the checkout, with the scenes that the README's command renders."""
+    command = re.search(r"^python -m data\.scenes (.+)$", (ROOT / "README.md").read_text(), re.M).group(1)
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(ROOT / "configs")
     monkeypatch.setattr("sys.argv", ["data.scenes", *shlex.split(command)])
     write_scenes()
     capsys.readouterr()
+
+
+@pytest.mark.usefixtures("checkout_with_scenes")
+def test_the_quick_start_prints_what_the_readme_shows(capsys):
+    text = (ROOT / "README.md").read_text()
+    code, shown = re.search(r"\[start:quickstart\] -->\n```python\n(.+?)```\n```\n(.+?)```", text, re.S).groups()
     exec(code, {})
     printed = capsys.readouterr().out
     assert FIGURE.sub("#", printed) == FIGURE.sub("#", shown)
     # A CPU with bfloat16 computes in it; the README shows float32.
     scores, expected = ([float(score) for score in FIGURE.findall(output)] for output in (printed, shown))
     assert len(expected) == 3 and scores == pytest.approx(expected, abs=0.25)
+
+
+@pytest.mark.usefixtures("checkout_with_scenes")
+def test_the_examples_of_the_library_page_run_one_after_the_other():
+    names = {}
+    for code in re.findall(r"```python\n(.+?)```", (ROOT / "docs" / "library.md").read_text(), re.S):
+        exec(code, names)
+    assert names["best"] == "scene_000040.png" and names["hits"][0]["corpus_id"] == 1
+    assert names["weight"] > 0 and names["scores"].shape == (2,)
+    assert names["scores"][0] == pytest.approx(names["logits"][1], abs=0.25)  # stored in float16, and from the image
 
 
 def test_the_site_has_every_page_and_its_api_names_exist():
