@@ -98,7 +98,7 @@ def _training_memory(file: Path, cache: Path) -> dict[str, Any]:
         batch = next(stream)
         assert len([dataset.captions[c] for c in batch.captions]) == BATCH_SIZE
         keys.true_pairs(batch.captions, batch.images)
-    workers = [process.pid for process in multiprocessing.active_children()]
+    workers = [process.pid for process in multiprocessing.active_children() if process.pid is not None]
     return {
         "seconds_to_read": seconds,
         "peak_bytes_to_read": peak,
@@ -145,7 +145,7 @@ def benchmark_shards(rounds: int) -> dict[str, Any]:
 
 
 def _compare(dataset: CaptionDataset, images: list[bytes], transform: Callable, rounds: int) -> dict[str, Any]:
-    batches = TrainingBatches(BatchPlan(dataset, BATCH_SIZE, seed=0), preprocess=transform)
+    batches = TrainingBatches(BatchPlan(dataset, BATCH_SIZE, seed=0), ImageRows(transform))
     num_batches = EPOCHS * len(images) // BATCH_SIZE
     seconds: dict[str, list[float]] = {"training reader": [], "PIL": []}
     with multiprocessing.get_context("fork").Pool(NUM_CORES, _hold, (images, transform)) as pool:

@@ -1,13 +1,13 @@
 """Reranking throughput: our joint encoder against transformers' BertModel on the same weights and the same pairs.
 
-The job of every contestant: caption ids and vision tokens in memory -> one float32 match logit a pair. Input layout,
+The job of every contestant: caption ids and vision tokens in memory -> one float32 match logit per pair. Input layout,
 encoder and match head are timed; tokenising, the adapter and reading from a store are not. Letters: Q pairs, m vision
 tokens, H width, L length of a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +90,7 @@ class Baseline(nn.Module):
         super().__init__()
         config = encoder.config
         self.bert = BertModel(
-            BertConfig(
+            BertConfig(  # type: ignore[call-arg]  # attn_implementation is a keyword of every config
                 vocab_size=config.vocab_size,
                 hidden_size=config.hidden_size,
                 num_hidden_layers=config.num_layers,
@@ -180,6 +180,7 @@ def benchmark_rerank(device: torch.device, num_pairs: int, rounds: int, baseline
     config = EncoderConfig()
     encoder = JointEncoder(config, cls_id=CLS_ID, sep_id=SEP_ID).eval().to(device)
     baseline, head = Baseline(encoder).eval().to(device), MatchHead(config.hidden_size).to(device)
+    assert baseline.bert.pooler is not None
     head.dense.load_state_dict(baseline.bert.pooler.dense.state_dict())
     head.out.load_state_dict(baseline.out.state_dict())
     encoder.extend_positions(CALL_TOKENS[-1] + EQUAL_LENGTH + 3)
@@ -235,8 +236,8 @@ def benchmark_rerank(device: torch.device, num_pairs: int, rounds: int, baseline
 
 def _contestants(
     inputs: dict[str, Pairs],
-    ours: dict[torch.dtype, EncoderPass],
-    theirs: dict[torch.dtype, Baseline],
+    ours: Mapping[torch.dtype, EncoderPass],
+    theirs: Mapping[torch.dtype, Baseline],
     head: MatchHead,
     baseline_batch: int,
 ) -> dict[str, Callable[[], Tensor]]:

@@ -221,9 +221,11 @@ class Evaluator:
         check_pool(self.k, validation)
         chosen = choose_lambda(self.evaluate(validation))
         self.model.config = replace(self.model.config, fusion_lambda=chosen, fusion_split=split)
-        if self.distributed.is_main and checkpoint is None:
+        if not self.distributed.is_main:
+            return
+        if checkpoint is None:
             print(f"lambda {chosen:g}, for these results only")
-        elif self.distributed.is_main:
+        else:
             write_config(checkpoint, self.model.config)
             print(f"lambda {chosen:g}, saved in {checkpoint / CONFIG_FILE}")
 

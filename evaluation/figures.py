@@ -184,7 +184,7 @@ class EvaluationRecord:
     @classmethod
     def from_json(cls, fields: Fields) -> EvaluationRecord:
         """Raises UserError naming the field that is missing or of another kind."""
-        subsets = fields.inside("subsets") if "subsets" in fields else ()
+        subsets = fields.inside("subsets") if "subsets" in fields else None
         return cls(
             checkpoint=fields.text("checkpoint"),
             dataset=fields.text("dataset"),
@@ -199,7 +199,7 @@ class EvaluationRecord:
             seconds=fields.numbers("seconds") if "seconds" in fields else {},
             pairs_per_second=fields.number("pairs_per_second") if "pairs_per_second" in fields else None,
             precision=fields.text("precision") if "precision" in fields else "",
-            subsets={name: PartFigures.from_json(subsets.inside(name)) for name in subsets},
+            subsets={name: PartFigures.from_json(subsets.inside(name)) for name in subsets} if subsets else {},
             provenance=Provenance.from_json(fields.inside("provenance")) if "provenance" in fields else None,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -69,8 +69,10 @@ def build_gallery(
         text_embeddings = caption_store.gather_embeddings(dataset.captions).to(distributed.device)
     else:
         with watch.part("backbone"):
+            assert backbone is not None  # _check_backbone has refused it
             text_embeddings = _encode_captions(backbone, dataset.captions, distributed, progress)
     if store is None:
+        assert backbone is not None
         image_embeddings, tokens = _encode_images(model, backbone, dataset, distributed, watch, progress)
     elif store.manifest.adapter:
         rows = store.rows(dataset.image_ids)
@@ -100,9 +102,12 @@ class _StoredTokens:
 def _check_backbone(
     model: EDJE, backbone: Backbone | None, store: TokenStore | None, caption_store: TokenStore | None
 ) -> None:
-    if backbone is None and (store is None or caption_store is None):
+    if backbone is not None:
+        found = backbone.fingerprint
+    elif store is not None and caption_store is not None:
+        found = store.manifest.backbone
+    else:
         raise UserError("an evaluation without backbone needs a token store and a caption store; give both")
-    found = store.manifest.backbone if backbone is None else backbone.fingerprint
     # An imported checkpoint records no fingerprint; backbone and stores must then at least agree.
     expected = model.config.backbone_fingerprint or found
     if backbone is not None and found != expected:
@@ -139,11 +144,12 @@ def _encode_images(
     watch: Stopwatch,
     progress: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One backbone pass an image: embeddings [N, De] and compressed tokens [N, m, H]. Reading counts as backbone."""
+    """One backbone pass per image: embeddings [N, De] and compressed tokens [N, m, H]. Reading counts as backbone."""
     embeddings = torch.empty(len(dataset), backbone.dims.embedding_width, device=distributed.device)
     tokens = _empty_tokens(model, len(dataset), distributed)
     parts = blocks(len(dataset), IMAGES_PER_BLOCK)
-    own, seconds = own_blocks(parts, distributed), []
+    own = own_blocks(parts, distributed)
+    seconds: list[dict[str, float]] = []
 
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
         of_block = Stopwatch(distributed.device)
@@ -197,7 +203,7 @@ def _read_ahead(backbone: Backbone, dataset: CaptionDataset, parts: list[slice])
         return backbone.preprocess(open_image(dataset.path(image)))
 
     with ThreadPoolExecutor(READER_THREADS) as readers:
-        pending = deque()
+        pending: deque[list[Future[Tensor]]] = deque()
         for part in [*parts, None]:
             if part is not None:
                 pending.append([readers.submit(read, image) for image in range(part.start, part.stop)])

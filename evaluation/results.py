@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from .figures import COLUMNS, ColumnFigures, DirectionFigures, Gain, PartFigures
 from .metrics import (
     METRICS,
     RECALL_DEPTHS,
+    Metric,
     RankedQueries,
     first_right_rank,
     gain_interval,
@@ -117,12 +119,13 @@ class DirectionResults:
     def _column_figures(self, column: str, before: np.ndarray) -> ColumnFigures:
         """before: the embedding's hits [Q, D] bool."""
         queries = RankedQueries(self.hits(column), self.first_right_ranks(column))
-        metrics = {
-            metric.name: self._mean_over_folds(lambda chosen, metric=metric: metric.compute(queries.of(chosen)))
-            for metric in METRICS
-        }
+        metrics = {metric.name: self._mean_over_folds(partial(_of_fold, metric, queries)) for metric in METRICS}
         gain = None if column == "embedding" else _gain(before, queries.hits)
         return ColumnFigures(metrics, self.fusion_lambda if column == "fused" else None, gain=gain)
+
+
+def _of_fold(metric: Metric, queries: RankedQueries, chosen: np.ndarray) -> float:
+    return metric.compute(queries.of(chosen))
 
 
 def _gain(before: np.ndarray, after: np.ndarray) -> Gain:

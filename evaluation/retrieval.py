@@ -25,6 +25,7 @@ from models.edje import EDJE
 from models.encoder.joint_encoder import pairs_at_once
 from models.errors import UserError
 from models.language.captions import CaptionIds
+from models.matching import MatchPass
 from models.precision import dtype_name, fastest_dtype
 from models.stores.token_store import TokenStore
 
@@ -68,10 +69,10 @@ def evaluate(
 ) -> Results:
     """Embedding alone and EDJE on one split, text to image and image to text; the same Results on every rank.
 
-    k: candidates reranked a query. store: patch tokens, or this model's compressed tokens; caption_store: text
+    k: candidates reranked per query. store: patch tokens, or this model's compressed tokens; caption_store: text
     embeddings; with both, `backbone` may be None. dtype: of the joint encoder, by default the device's fastest.
     folds: equal parts of the images, each ranked and reranked as a gallery of its own; everything is still encoded
-    once and all pairs are batched together. depth: candidates kept a query, at least max(k, 10).
+    once and all pairs are batched together. depth: candidates kept per query, at least max(k, 10).
     `fused` is in the results if the model's config has a fusion_lambda. Raises UserError if k exceeds the gallery, the
     folds are not equal, or backbone, store or an image file is not usable."""
     check_pool(k, dataset, folds)
@@ -131,7 +132,8 @@ def first_stage(queries: Tensor, items: Tensor, query_image: np.ndarray, item_im
     query_image [Q] and item_image [N] say which items are right. Equal similarities are ordered by item number.
     Returns all N where depth exceeds N. Beyond the result, memory holds a few [QUERIES_PER_BLOCK, N] at a time."""
     depth = min(depth, len(items))
-    query_image, item_image = (torch.tensor(images, device=items.device) for images in (query_image, item_image))
+    image_of_query = torch.tensor(query_image, device=items.device)
+    image_of_item = torch.tensor(item_image, device=items.device)
     items = items.double()
     numbers = torch.arange(len(items), device=items.device)
 
@@ -140,7 +142,7 @@ def first_stage(queries: Tensor, items: Tensor, query_image: np.ndarray, item_im
         cosine = (queries[part].double() @ items.T).float()
         order = _ordered_integers(cosine) * len(items) - numbers
         best = order.topk(depth, dim=1).indices
-        wrong = query_image[part, None] != item_image
+        wrong = image_of_query[part, None] != image_of_item
         first_right = order.masked_fill(wrong, torch.iinfo(torch.int64).min).amax(dim=1, keepdim=True)
         return best, cosine.gather(1, best), (order > first_right).sum(dim=1)
 
@@ -155,7 +157,7 @@ def _ordered_integers(values: Tensor) -> Tensor:
 
 
 def rerank_pools(
-    model: EDJE,
+    model: MatchPass,
     gallery: Gallery,
     pools: Pools,
     direction: str,
@@ -170,8 +172,8 @@ def rerank_pools(
     pairs = _PairList.of(model, gallery, pools, direction, k)
     size = pairs_per_batch or pairs_at_once(distributed.device, model.config.num_vision_tokens)
     own = own_blocks(blocks(len(pairs), size), distributed)
-    scored = run_blocks(lambda part: pairs.logits(model, gallery, part), own, distributed.device)
-    scored = list(progress_bar(scored, len(own), f"rerank {direction}", progress))
+    blocks_of_logits = run_blocks(lambda part: pairs.logits(model, gallery, part), own, distributed.device)
+    scored = list(progress_bar(blocks_of_logits, len(own), f"rerank {direction}", progress))
     return _collect(scored, len(pairs), distributed).view(len(pools.ids), k)
 
 
@@ -186,7 +188,7 @@ class _PairList:
     similarity: Tensor
 
     @classmethod
-    def of(cls, model: EDJE, gallery: Gallery, pools: Pools, direction: str, k: int) -> _PairList:
+    def of(cls, model: MatchPass, gallery: Gallery, pools: Pools, direction: str, k: int) -> _PairList:
         captions = model.tokenizer(gallery.dataset.captions, model.max_joint_pieces)
         candidates = pools.ids[:, :k].flatten().cpu()
         queries = torch.arange(len(pools.ids)).repeat_interleave(k)
@@ -198,7 +200,7 @@ class _PairList:
     def __len__(self) -> int:
         return len(self.number)
 
-    def logits(self, model: EDJE, gallery: Gallery, part: slice) -> tuple[Tensor, Tensor]:
+    def logits(self, model: MatchPass, gallery: Gallery, part: slice) -> tuple[Tensor, Tensor]:
         """Numbers and match logits of the pairs of one micro-batch; each of its images is fetched once."""
         captions, caption_index = self.caption[part].unique(return_inverse=True)
         images, image_index = self.image[part].unique(return_inverse=True)

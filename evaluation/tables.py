@@ -74,10 +74,11 @@ def extended_rows(records: Sequence[EvaluationRecord]) -> list[list[str]]:
     rows = [["ECCV Caption", "", *EXTENDED_METRICS]]
     for direction, title in DIRECTION_TITLES.items():
         for column in columns_of(*(record.figures for record in records)):
-            figures = [record.figures.directions()[direction].columns[column].extended for record in records]
-            if not all(figures):
+            columns = [record.figures.directions()[direction].columns[column] for record in records]
+            figures = [column.extended for column in columns if column.extended]
+            if len(figures) < len(records):
                 return []
-            cells = [mean_text([figure and figure[name] for figure in figures]) for name in EXTENDED_METRICS]
+            cells = [mean_text(figure[name] for figure in figures) for name in EXTENDED_METRICS]
             rows.append([title, COLUMN_TITLES[column], *cells])
     return rows
 

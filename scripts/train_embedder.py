@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from data.caption_datasets import load_annotations
@@ -37,7 +38,7 @@ from models.language.captions import build_vocabulary
 from models.language.pretrained import resolve_pretrained
 from models.precision import fastest_dtype
 from models.state_dicts import half_precision, write_safetensors
-from models.vision.backbones import CONFIG_FILE, WEIGHTS_FILE, load_directory
+from models.vision.backbones import CONFIG_FILE, WEIGHTS_FILE, OpenClipModel, load_directory
 from training.embedder.samples import Samples, load_samples, normalise
 from training.embedder.training import EmbedderConfig, EmbedderTraining, Progress
 
@@ -99,7 +100,7 @@ def read_config(arguments: argparse.Namespace) -> EmbedderConfig:
     return from_dict(EmbedderConfig, content, where=str(arguments.config))
 
 
-def build_model(config: EmbedderConfig, captions: list[str], out: Path, seed: int) -> nn.Module:
+def build_model(config: EmbedderConfig, captions: Sequence[str], out: Path, seed: int) -> OpenClipModel:
     """Write tokenizer and open_clip_config.json to `out`, then build the model from them, weights initialised."""
     text = config.model["text_cfg"]
     if config.towers:
@@ -120,7 +121,7 @@ def build_model(config: EmbedderConfig, captions: list[str], out: Path, seed: in
     return clip
 
 
-def write_tokenizer(captions: list[str], out: Path) -> dict:
+def write_tokenizer(captions: Sequence[str], out: Path) -> dict:
     """A WordPiece tokenizer over the words of `captions`; returns what open_clip's text_cfg must say about it."""
     vocabulary = out / "vocab.txt"
     build_vocabulary(captions, vocabulary)
@@ -135,7 +136,7 @@ def write_tokenizer(captions: list[str], out: Path) -> dict:
     return {"vocab_size": tokenizer.get_vocab_size(), "hf_tokenizer_name": ".", **specials_of_clip}
 
 
-def load_towers(clip: nn.Module, image_folder: Path, text_folder: Path) -> None:
+def load_towers(clip: OpenClipModel, image_folder: Path, text_folder: Path) -> None:
     """Pretrained weights into both towers, which are then frozen; what stays trainable are the heads and the scale."""
     files = sorted(image_folder.glob("*.pth"))  # a pickled state keeps its order, safetensors does not
     if len(files) != 1:
@@ -156,7 +157,7 @@ def load_towers(clip: nn.Module, image_folder: Path, text_folder: Path) -> None:
 def match_in_order(source: dict[str, Tensor], target: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """Tensors of `source` under the names of `target`, one to one in order; a trailing classifier is left out.
 
-    Raises UserError at the first shape or kind that differs, so nothing can go to a wrong place unseen."""
+    Raises UserError at the first shape or kind that differs, so that no tensor lands on the wrong parameter."""
     matched = {}
     for (name, tensor), (source_name, value) in zip(target.items(), source.items(), strict=False):
         if value.shape != tensor.shape or name.rsplit(".")[-1] != source_name.rsplit(".")[-1]:
@@ -168,7 +169,7 @@ def match_in_order(source: dict[str, Tensor], target: dict[str, Tensor], where: 
 
 
 @torch.no_grad()
-def replace_by_features(samples: Samples, clip: nn.Module, config: EmbedderConfig, dtype: torch.dtype) -> None:
+def replace_by_features(samples: Samples, clip: OpenClipModel, config: EmbedderConfig, dtype: torch.dtype) -> None:
     """Pixels -> pooled features of the image tower, token ids -> pooled features of the text tower, once."""
     clip.eval()
     device, text = clip.logit_scale.device, clip.text
@@ -186,7 +187,7 @@ def replace_by_features(samples: Samples, clip: nn.Module, config: EmbedderConfi
     samples.images, samples.texts = torch.cat(images), torch.cat(texts)[order.argsort()]
 
 
-def write_weights(clip: nn.Module, file: Path, half: bool) -> None:
+def write_weights(clip: OpenClipModel, file: Path, half: bool) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in clip.state_dict().items()}
     if half:
         state = half_precision(state)

@@ -14,6 +14,7 @@ import math
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -22,6 +23,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 WIDTH, HEIGHT = 520, 300
 """Of a chart, in points; pages scale it."""
@@ -41,7 +45,7 @@ FONT = "font-family: 'DejaVu Sans'; "
 SVG = "http://www.w3.org/2000/svg"
 GREY, BLUE = "#808894", "#3b76f0"
 """A file of its own has no page that could give it colours: these suit light and dark ones."""
-STYLE = {
+STYLE: dict[RcKeyType, object] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "edje",
     "font.family": "DejaVu Sans",  # matplotlib brings it: widths are the same everywhere
@@ -134,9 +138,9 @@ def _cleaned(line: Line) -> Line:
     return Line(line.name, [x for x, _ in kept], [y for _, y in kept], line.color, line.dashed)
 
 
-def _colors(text: str, grid: str) -> dict[str, str]:
-    keys = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    return dict.fromkeys(keys, text) | {"grid.color": grid}
+def _colors(text: str, grid: str) -> dict[RcKeyType, object]:
+    keys: tuple[RcKeyType, ...] = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+    return {**dict.fromkeys(keys, text), "grid.color": grid}
 
 
 def _draw(line: Line, axes: Axes) -> None:
@@ -211,7 +215,7 @@ def _draw_panel(panel: Panel, axes: Axes, level: tuple[str, float]) -> None:
 
 def _name_points(panel: Panel, axes: Axes, level: tuple[str, float]) -> None:
     """Each point's name beside it, inside the panel, and lower where another name stands already."""
-    renderer = FigureCanvasAgg(axes.figure).get_renderer()
+    renderer = FigureCanvasAgg(axes.get_figure(root=True)).get_renderer()
     taken = [axes.text(axes.get_xlim()[0], level[1], f" {level[0]}", va="bottom").get_window_extent(renderer)]
     end = axes.get_window_extent(renderer).x1 + 16
     for point in sorted(panel.points, key=lambda point: -point.y):

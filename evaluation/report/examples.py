@@ -110,5 +110,5 @@ def _paste(sheet: Image.Image, path: Path, left: int, top: int, framed: bool) ->
     sheet.paste(image, (left + (size - image.width) // 2, top + (size - image.height) // 2))
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)

@@ -30,11 +30,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeAlias
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip import CLIP, CustomTextCLIP
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -46,6 +47,7 @@ from ..errors import UserError, one_line
 from ..precision import resolve_precision
 from .towers import LOAD_ERRORS, TokenTower, maps_to_tokens, short_hash, stage_maps, weights_hash
 
+OpenClipModel: TypeAlias = CLIP | CustomTextCLIP
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 TEXT_BATCH = 256
@@ -84,14 +86,15 @@ class Backbone(nn.Module):
     def __init__(
         self,
         config: BackboneConfig,
-        clip: nn.Module,
+        clip: OpenClipModel,
         autocast_dtype: torch.dtype,
         weights: str,
         token_tower: TokenTower | None = None,
     ):
         super().__init__()
         self.config = config
-        self.clip, self.token_tower = clip, token_tower
+        self.clip: OpenClipModel = clip
+        self.token_tower = token_tower
         self.eval().requires_grad_(False)
         self.autocast_dtype = autocast_dtype
         self.preprocess = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
@@ -204,7 +207,7 @@ class Backbone(nn.Module):
         return BackboneDims(num_patches=patches, patch_width=width, embedding_width=features.embedding.shape[1])
 
 
-def load_directory(directory: Path, load_weights: bool = True) -> nn.Module:
+def load_directory(directory: Path, load_weights: bool = True) -> OpenClipModel:
     """The open_clip model of a directory. A relative `hf_model_name` in its config is a folder of that directory.
 
     Raises UserError where config or weights are missing, damaged, or do not belong together."""
@@ -225,7 +228,7 @@ def load_directory(directory: Path, load_weights: bool = True) -> nn.Module:
         raise UserError(f"{directory}: cannot be loaded as an open_clip model ({one_line(error)})") from None
 
 
-def _load_clip(config: BackboneConfig) -> tuple[nn.Module, str]:
+def _load_clip(config: BackboneConfig) -> tuple[OpenClipModel, str]:
     """(model, what its weights are for the fingerprint: tag or hash)."""
     name, pretrained = config.name, config.pretrained
     if Path(pretrained).is_dir() and pretrained:
@@ -249,7 +252,7 @@ def _load_clip(config: BackboneConfig) -> tuple[nn.Module, str]:
     return _load_file(name, Path(pretrained))
 
 
-def _load_tag(name: str, tag: str) -> nn.Module:
+def _load_tag(name: str, tag: str) -> OpenClipModel:
     needs_quick_gelu = bool(get_pretrained_cfg(name, tag).get("quick_gelu"))
     if needs_quick_gelu and not open_clip.get_model_config(name).get("quick_gelu"):
         raise UserError(
@@ -265,7 +268,7 @@ def _load_tag(name: str, tag: str) -> nn.Module:
         ) from None
 
 
-def _load_file(name: str, file: Path) -> tuple[nn.Module, str]:
+def _load_file(name: str, file: Path) -> tuple[OpenClipModel, str]:
     if not file.is_file():
         raise UserError(
             f"backbone {name}: backbone.pretrained is {str(file)!r}, which is no file, no directory and no tag of this "
@@ -278,7 +281,7 @@ def _load_file(name: str, file: Path) -> tuple[nn.Module, str]:
     return clip, weights_hash(clip)
 
 
-def _create(name: str, **options: Any) -> nn.Module:
+def _create(name: str, **options: Any) -> OpenClipModel:
     """open_clip's own factory, quiet: what matters of its log is an error of ours."""
     logger, level = logging.getLogger(), logging.getLogger().level
     logger.setLevel(logging.CRITICAL)
@@ -288,7 +291,7 @@ def _create(name: str, **options: Any) -> nn.Module:
         logger.setLevel(level)
 
 
-def _fingerprint(config: BackboneConfig, clip: nn.Module, weights: str, token_tower: TokenTower | None) -> str:
+def _fingerprint(config: BackboneConfig, clip: OpenClipModel, weights: str, token_tower: TokenTower | None) -> str:
     """Short text that differs wherever tokens or embeddings would: models, weights, preprocessing, token options."""
     look = deepcopy(clip.visual.preprocess_cfg)
     look["size"] = list(open_clip.utils.to_2tuple(look["size"]))

@@ -36,7 +36,7 @@ class Samples:
     caption_starts: Tensor
     """[N + 1]: captions of image i are caption_starts[i] : caption_starts[i + 1]."""
     identities: list[frozenset]
-    """For each image its canonical captions and the hash of its pixels: images that share one are no negatives."""
+    """For each image its canonical captions and the hash of its pixels: images that share one are never negatives."""
 
     @property
     def caption_image(self) -> Tensor:
@@ -51,8 +51,8 @@ def load_samples(
 
     `preprocess` is open_clip's preprocess_cfg; mean and std are left to `normalise`. Raises ImageError with the file.
     """
-    look = PreprocessCfg(**preprocess | {"size": side, "mean": (0.0,) * 3, "std": (1.0,) * 3})
-    transform = image_transform_v2(look, is_train=False)
+    preprocessing = PreprocessCfg(**preprocess | {"size": side, "mean": (0.0,) * 3, "std": (1.0,) * 3})
+    transform = image_transform_v2(preprocessing, is_train=False)
 
     def decode(index: int) -> Tensor:
         return (transform(open_image(dataset.path(index))) * 255).round().to(torch.uint8)
@@ -66,7 +66,7 @@ def load_samples(
         frozenset(keys[start:stop]) | {hash(images[index].numpy().tobytes())}
         for index, (start, stop) in enumerate(pairwise(starts))
     ]
-    return Samples(images, tokenize(dataset.captions), torch.tensor(starts), identities)
+    return Samples(images, tokenize(list(dataset.captions)), torch.tensor(starts), identities)
 
 
 def draw_batch(samples: Samples, size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:

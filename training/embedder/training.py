@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from models.errors import UserError
 from models.files import write_atomically
+from models.vision.backbones import OpenClipModel
 
 from .samples import Samples, cached_side, draw_batch, normalise, random_crops
 
@@ -43,7 +44,7 @@ class TowersConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedderConfig:
-    """A whole embedder: architecture, look of the images, training."""
+    """A whole embedder: architecture, preprocessing, training."""
 
     model: dict
     """open_clip's model_cfg. Vocabulary size and tokenizer are filled in from the training captions."""
@@ -66,7 +67,7 @@ class EmbedderConfig:
     half: bool = True
     """Save the weights as float16."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.min_crop <= 1:
             raise UserError(f"min_crop is {self.min_crop}; expected a share of the area in (0, 1]")
         if self.max_steps <= self.cooldown_steps:
@@ -94,7 +95,7 @@ class Progress:
     """Evaluations since the best one."""
     cooldown_start: int | None = None
     history: list[dict] = field(default_factory=list)
-    """One entry an evaluation: step, loss, t2i, i2t (R@1 in percent), seconds."""
+    """One entry per evaluation: step, loss, t2i, i2t (R@1 in percent), seconds."""
 
     def learning_rate(self, config: EmbedderConfig) -> float:
         warm = min(1.0, (self.step + 1) / config.warmup_steps)
@@ -109,10 +110,10 @@ class EmbedderTraining:
     """Model, optimizer and progress of one training; `run` goes from wherever the checkpoint left it to the end."""
 
     def __init__(
-        self, config: EmbedderConfig, clip: nn.Module, train: Samples, val: Samples, seed: int, dtype: torch.dtype
+        self, config: EmbedderConfig, clip: OpenClipModel, train: Samples, val: Samples, seed: int, dtype: torch.dtype
     ):
         self.config, self.clip, self.train, self.val, self.seed, self.dtype = config, clip, train, val, seed, dtype
-        self.device = clip.logit_scale.device
+        self.device: torch.device = clip.logit_scale.device
         self.loss = ClipLoss()
         self.learned = {name: p for name, p in clip.named_parameters() if p.requires_grad}
         decayed = [p for p in self.learned.values() if p.ndim > 1]
