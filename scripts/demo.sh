@@ -19,7 +19,7 @@ for argument in "$@"; do
         *) overrides+=("$argument") ;;
     esac
 done
-# Weights fit one embedder: with a new one they are made anew, whatever else was asked for.
+# Pretrained weights fit one embedder: with a new one they are trained again, whatever else was asked for.
 if [ "$embedder" = "$shared/embedder" ]; then pretrained=$shared/pretrained-own-embedder; fi
 tokens=$shared/tokens-$(basename "$embedder") captions=captions more_captions=()
 if [ "$pretrained" != configs/pretrained/scenes ]; then  # a stage of the pretraining reads captions of single objects too
@@ -31,7 +31,7 @@ features=(backbone.pretrained="$embedder" data.root="$scenes" data.store="$token
 echo "== 1/5 data: rendered scenes with five captions each"
 "$python" -m data.scenes --out "$scenes" ${SCENES:-}
 if [ "$embedder" = "$shared/embedder" ]; then
-    echo "== 2/5 embedder: contrastive training until validation recall stops rising"
+    echo "== 2/5 embedder: contrastive training until validation recall stops rising, or for 2,000 steps"
     "$python" scripts/train_embedder.py --config configs/embedders/scenes.yaml \
         --annotations "$scenes/dataset_scenes.json" --root "$scenes" --out "$embedder"
 else

@@ -2,7 +2,7 @@
 # One setting of the emoji experiment, whole: embedder, stored tokens, pretraining, match logits, evaluation on the test
 # split.
 #   bash scripts/emoji.sh DATA_ROOT frozen     real towers from pip packages, heads trained contrastively
-#   bash scripts/emoji.sh DATA_ROOT scratch    ViT from scratch on the same images, the control of equal compute
+#   bash scripts/emoji.sh DATA_ROOT scratch    ViT and text transformer from scratch on the same images
 #   bash scripts/emoji.sh DATA_ROOT frozen seed=1 output=runs/emoji_frozen/edje_1    another seed of the match logits
 # DATA_ROOT holds dataset_emoji.json and the images. What is done is skipped; results go to the run's directory.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
