@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,10 +39,8 @@ PAGE_COLORS = {
     for number, name in enumerate(("muted", "accent", "second", "third", "fourth", "fifth", "rule"), 1)
 }
 """Colours that stand for CSS variables of the page while matplotlib draws."""
-MARKER = 5
-"""Diameter of a point's mark."""
-FONT = "font-family: 'DejaVu Sans'; "
-"""Of every text as matplotlib writes it: left out, so that a page's own font is taken."""
+LINE_MARK, POINT_MARK = 5, 7
+"""Diameters of marks: of the points of a line, of points that stand alone."""
 SVG = "http://www.w3.org/2000/svg"
 GREY, BLUE = "#808894", "#3b76f0"
 """A file of its own has no page that could give it colours: these suit light and dark ones."""
@@ -123,7 +122,7 @@ class LineChart:
                 _draw(line, axes)
             axes.set_xlabel(self.x_label, labelpad=2)
             _set_ticks(axes)
-            root = _drawn(figure)
+            root = _drawn(figure, LINE_MARK)
         root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": self.title}
         drawing = ET.tostring(root, encoding="unicode")
         for name, color in PAGE_COLORS.items():
@@ -151,7 +150,7 @@ def _draw(line: Line, axes: Axes) -> None:
         linestyle=(0, (2.5, 2)) if line.dashed else "-",
         linewidth=2,
         marker="o" if len(line.xs) <= MARKED_POINTS else "",
-        markersize=MARKER,
+        markersize=LINE_MARK,
         markeredgewidth=0,
     )
 
@@ -188,7 +187,7 @@ def scatter_charts(panels: Sequence[Panel], y_label: str, level: tuple[str, floa
         figure.text(18 / (len(panels) * WIDTH), 1 - 16 / (HEIGHT + 20), y_label)
         for axes, panel in zip(figure.axes, panels, strict=True):  # once the shared scale is known
             _name_points(panel, axes, level)
-        root = _drawn(figure)
+        root = _drawn(figure, POINT_MARK)
         root.attrib = {"xmlns": SVG, "viewBox": root.attrib["viewBox"], "font-family": "system-ui, sans-serif"}
         return ET.tostring(root, encoding="unicode") + "\n"
 
@@ -199,7 +198,7 @@ def _draw_panel(panel: Panel, axes: Axes, level: tuple[str, float]) -> None:
     for point in panel.points:
         spread = (point.y - point.deviation, point.y + point.deviation)
         axes.plot((point.x, point.x), spread, color=BLUE, linewidth=1.5)
-        axes.plot(point.x, point.y, color=BLUE, marker="o", markersize=MARKER, markeredgewidth=0)
+        axes.plot(point.x, point.y, color=BLUE, marker="o", markersize=POINT_MARK, markeredgewidth=0)
     exponents = [math.log2(point.x) for point in panel.points]
     first = math.floor(min(exponents))
     last = max(math.ceil(max(exponents)), first + 1)
@@ -233,28 +232,34 @@ def _overlap(one: Bbox, other: Bbox) -> bool:
     return one.x0 < other.x1 and other.x0 < one.x1 and one.y0 < other.y1 and other.y0 < one.y1
 
 
-def _drawn(figure: Figure) -> ET.Element:
-    """The figure as SVG, reduced to what is seen."""
+def _drawn(figure: Figure, mark: float) -> ET.Element:
+    """The figure as SVG, reduced to what is seen. mark: diameter of its marks."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    root = _plain(ET.fromstring(stream.getvalue()))
+    root = _plain(ET.fromstring(stream.getvalue()), mark)
     assert root is not None, "an svg element is kept"
     return root
 
 
-def _plain(element: ET.Element) -> ET.Element | None:
+def _plain(element: ET.Element, mark: float) -> ET.Element | None:
     """An element without ids, which charts of one page would share, without namespaces, clipping and fonts, and with
     circles for references to a marker; None where nothing of it is seen."""
     tag = element.tag.rpartition("}")[2]
     if tag == "use":
-        place = {"cx": element.attrib["x"], "cy": element.attrib["y"], "r": f"{MARKER / 2:g}"}
+        place = {"cx": element.attrib["x"], "cy": element.attrib["y"], "r": f"{mark / 2:g}"}
         return ET.Element("circle", place | {"style": element.attrib["style"]})
     kept = {name: value for name, value in element.items() if name in ("d", "x", "y", "viewBox")}
-    if style := element.get("style", "").replace(FONT, ""):
+    if style := _without_font(element.get("style", "")):
         kept["style"] = style
     plain = ET.Element(tag, kept)
-    plain.extend(part for part in map(_plain, element) if part is not None)
+    plain.extend(part for child in element if (part := _plain(child, mark)) is not None)
     if tag == "text":
         plain.text = element.text
     seen = tag in ("svg", "path", "text") or len(plain)
     return plain if seen and tag not in ("metadata", "defs") and style != "fill: none" else None
+
+
+def _without_font(style: str) -> str:
+    """A style without matplotlib's own font, so that a page's is taken; the size stays."""
+    style = re.sub(r"font: (\S+) [^;]*", r"font-size: \1", style)  # one property in matplotlib below 3.10
+    return re.sub(r"font-family: [^;]*;? ?", "", style)
