@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from PIL import Image
@@ -31,10 +31,10 @@ from PIL import Image
 from models.errors import UserError
 from models.vision.images import may_be_image, open_image
 
-from .columns import Columns, TextBuilder, TextColumn, cached_columns, open_columns
+from .columns import Columns, TextBuilder, TextColumn, cached_columns, numbers, open_columns, texts
 from .json_documents import is_list, list_elements, read_json
 
-Row = tuple[str, str | list[str], str | None]
+Row = tuple[str, object, str | None]
 """Image id, its caption or list of captions, its subset."""
 
 
@@ -59,7 +59,7 @@ class CaptionDataset:
         """Number of images."""
         return len(self.image_ids)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         return super().__reduce_ex__(protocol) if self.folder is None else (_open, (self.folder, self.root))
 
     def path(self, image: int) -> Path:
@@ -110,30 +110,30 @@ def load_annotations(
     there are), no images, a path, split or subset that is no text of one line, an image without captions, twice in a
     split, in two splits, or in two spellings of its path, a blank caption or one that is no text; `imgid` or `sentid`
     twice in a Karpathy file; missing image files."""
-    files = [Path(file) for file in ((files,) if isinstance(files, str | Path) else files)]
-    twice = [str(file) for file, count in Counter(files).items() if count > 1]
+    paths = [Path(file) for file in ((files,) if isinstance(files, str | Path) else files)]
+    twice = [str(file) for file, count in Counter(paths).items() if count > 1]
     if twice:
         raise UserError(f"{twice[0]}: named twice; name each annotation file once")
     if cache is None:
-        dataset = _dataset(_read_columns(files, split, root, document), Path(root))
+        dataset = _dataset(_read_columns(paths, split, root, document), Path(root))
     else:
         name = f"captions-{split or 'all'}"
-        folder, columns = cached_columns(Path(cache), name, files, lambda: _read_columns(files, split, root, document))
+        folder, columns = cached_columns(Path(cache), name, paths, lambda: _read_columns(paths, split, root, document))
         dataset = _dataset(columns, Path(root), folder)
     if check_images:
-        dataset.check_images(", ".join(map(str, files)))
+        dataset.check_images(", ".join(map(str, paths)))
     return dataset
 
 
 def _dataset(columns: Columns, root: Path, folder: Path | None = None) -> CaptionDataset:
-    image_ids = columns["image_ids"]
-    subsets = columns.get("subsets")
+    image_ids = texts(columns, "image_ids")
+    subsets = texts(columns, "subsets") if "subsets" in columns else [None] * len(image_ids)
     return CaptionDataset(
         root,
         image_ids,
-        columns["captions"],
-        columns["caption_image"],
-        [None] * len(image_ids) if subsets is None else [subset or None for subset in subsets],
+        texts(columns, "captions"),
+        numbers(columns, "caption_image"),
+        [subset or None for subset in subsets],
         folder,
     )
 
@@ -190,7 +190,7 @@ def _image_id(image: dict[str, Any]) -> str:
 
 
 def _may_be_respelled(path: str) -> bool:
-    """Whether a path may have a shorter spelling: a cheap look, for millions of them."""
+    """Whether a path may have a shorter spelling: a cheap check, for millions of them."""
     return path[:1] in "./" or "/." in path or "//" in path or path[-1:] == "/"
 
 
@@ -212,8 +212,8 @@ def _read_columns(files: Sequence[Path], split: str | None, root: str | Path, do
     respelled_rows, respelled_digests, root = array("q"), bytearray(), os.path.abspath(root)
     for file in files:
         for image_id, caption, label in _rows(file, split, root, document):
-            texts = _checked(caption if isinstance(caption, list) else [caption], image_id, file)
-            for text in texts:
+            captions_here = _checked(caption if isinstance(caption, list) else [caption], image_id, file)
+            for text in captions_here:
                 captions.append(text)
             ids.append(image_id)
             labels.append("" if label is None else label)
@@ -221,7 +221,7 @@ def _read_columns(files: Sequence[Path], split: str | None, root: str | Path, do
             if _may_be_respelled(image_id) and (place := _place(image_id, root)) != image_id:
                 respelled_rows.append(len(captions_of_row))
                 respelled_digests += _digest(place)
-            captions_of_row.append(len(texts))
+            captions_of_row.append(len(captions_here))
             is_list_row.append(isinstance(caption, list))
         first_rows.append(len(captions_of_row))
         if first_rows[-1] == first_rows[-2]:
@@ -264,10 +264,10 @@ def _refuse_two_spellings(
     """Images that differ, numbered in the order of their first rows, must lie in places that differ."""
     wrong = np.flatnonzero(place_of_row != image_of_row)
     if len(wrong):
-        row = wrong[0]
-        other = np.argmax(place_of_row == place_of_row[row])
+        row = int(wrong[0])
+        other = int(np.argmax(place_of_row == place_of_row[row]))
         raise UserError(
-            f"{files[np.searchsorted(first_rows, row, side='right') - 1]}: image {ids[row]!r} is the file of "
+            f"{files[int(np.searchsorted(first_rows, row, side='right')) - 1]}: image {ids[row]!r} is the file of "
             f"{ids[other]!r} in another spelling; write its path in one"
         )
 
@@ -318,7 +318,7 @@ def _karpathy_rows(images: list[Any], split: str | None, file: Path, root: str) 
             raise UserError(f"{file}: sentences of image {image_id!r} are {sentences!r}; expected a list")
         captions = [s.get("raw") if isinstance(s, dict) else s for s in sentences]
         yield image_id, captions, image.get("subset")
-    if split is not None and found and not any(found[name] for name in names):
+    if split is not None and found and not any(found[name] for name in names if name):
         there = ", ".join(f"{name} ({count} images)" for name, count in sorted(found.items()))
         raise UserError(f"{file}: no split {split!r}; there are {there}")
 

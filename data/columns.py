@@ -58,7 +58,7 @@ class TextColumn(Sequence[str]):
     def __getitem__(self, index: int) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]  # negative numbers count from the end; IndexError beyond
@@ -93,7 +93,7 @@ class TextColumn(Sequence[str]):
 class TextBuilder:
     """Collects strings for a TextColumn without keeping them as objects."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._blob, self._offsets = bytearray(), array("q", [0])
 
     def append(self, text: str) -> None:
@@ -106,6 +106,20 @@ class TextBuilder:
 
 
 Columns = dict[str, np.ndarray | TextColumn]
+
+
+def texts(columns: Columns, name: str) -> TextColumn:
+    """A column that holds strings."""
+    column = columns[name]
+    assert isinstance(column, TextColumn), f"{name} holds numbers"
+    return column
+
+
+def numbers(columns: Columns, name: str) -> np.ndarray:
+    """A column that holds numbers."""
+    column = columns[name]
+    assert isinstance(column, np.ndarray), f"{name} holds strings"
+    return column
 
 
 def cached_columns(cache: Path, name: str, files: Sequence[Path], build: Callable[[], Columns]) -> tuple[Path, Columns]:

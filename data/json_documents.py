@@ -74,7 +74,9 @@ class _Text:
     def peek(self) -> str:
         """The next character that is no white space; "" at the end."""
         while True:
-            self.at = _SPACE.match(self.text, self.at).end()
+            space = _SPACE.match(self.text, self.at)
+            assert space is not None  # it matches nothing, too
+            self.at = space.end()
             if self.at < len(self.text):
                 return self.text[self.at]
             if not self._read_on():

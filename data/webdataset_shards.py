@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, SupportsIndex
 
 import numpy as np
 from PIL import Image
@@ -32,7 +33,7 @@ from models.errors import UserError
 from models.vision.images import ImageError, open_image
 
 from .caption_datasets import CaptionDataset, is_unicode
-from .columns import Columns, TextBuilder, TextColumn, cached_columns, open_columns
+from .columns import Columns, TextBuilder, TextColumn, cached_columns, numbers, open_columns, texts
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SHARDS_AT_A_TIME = 4
@@ -58,7 +59,7 @@ class ShardDataset(CaptionDataset):
     image_bytes: np.ndarray
     """[N] int64: size of each image."""
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         return _open, (self.folder, self.root)
 
     def path(self, image: int) -> Path:
@@ -110,8 +111,19 @@ def load_shards(
 
 def _open(folder: Path, root: Path) -> ShardDataset:
     columns = open_columns(folder)
-    count = len(columns["image_ids"])
-    return ShardDataset(root, caption_image=np.arange(count), subsets=[None] * count, folder=folder, **columns)
+    image_ids = texts(columns, "image_ids")
+    return ShardDataset(
+        root,
+        image_ids,
+        texts(columns, "captions"),
+        caption_image=np.arange(len(image_ids)),
+        subsets=[None] * len(image_ids),
+        folder=folder,
+        shards=texts(columns, "shards"),
+        image_shard=numbers(columns, "image_shard"),
+        image_start=numbers(columns, "image_start"),
+        image_bytes=numbers(columns, "image_bytes"),
+    )
 
 
 def find_shards(patterns: Sequence[str], root: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from .vision.backbones import Backbone
 from .vision.images import ImageError
 
 IMAGES_PER_BATCH = 32
+
+
+Item = TypeVar("Item")
 
 
 class Ranked(TypedDict):
@@ -90,7 +93,7 @@ class Reranker:
         Raises UserError naming unreadable images, or a directory that holds something else."""
         if isinstance(folder_or_paths, str | Path):
             ids = find_images(folder_or_paths)
-            paths = [Path(folder_or_paths, item_id) for item_id in ids]
+            paths: list[str | Path] = [Path(folder_or_paths, item_id) for item_id in ids]
         else:
             paths, ids = list(folder_or_paths), [str(path) for path in folder_or_paths]
         self.store = precompute(
@@ -131,9 +134,9 @@ class Reranker:
         if not pairs:
             return np.zeros(0, np.float32)
         # Each distinct pair once: in another row of a batch the same pair may round otherwise, and equals must tie.
-        pairs, place = _distinct(pairs, lambda pair: (pair[0], _identity(pair[1])))
-        captions, caption_index = _distinct([caption for caption, _ in pairs], lambda caption: caption)
-        images, image_index = _distinct([image for _, image in pairs], _identity)
+        distinct, pair_index = _distinct(pairs, lambda pair: (pair[0], _identity(pair[1])))
+        captions, caption_index = _distinct([caption for caption, _ in distinct], lambda caption: caption)
+        images, image_index = _distinct([image for _, image in distinct], _identity)
         if any(not isinstance(caption, str) or not caption.strip() for caption in captions):
             raise UserError("a caption is empty or no text; give each image a caption to be scored with")
         tokens, embeddings = self._vision(images, store or self.store)
@@ -141,7 +144,7 @@ class Reranker:
         if self.model.config.residual_similarity:
             texts = self.backbone.encode_texts(captions).to(self.model.device)
             similarities = (texts[caption_index] * embeddings[image_index]).sum(-1)
-        return self._match_logits(captions, tokens, caption_index, image_index, similarities).cpu()[place].numpy()
+        return self._match_logits(captions, tokens, caption_index, image_index, similarities).cpu()[pair_index].numpy()
 
     def _match_logits(
         self,
@@ -167,25 +170,24 @@ class Reranker:
         config, device = self.model.config, self.model.device
         if store is not None:
             store.check(backbone=self.backbone.fingerprint, adapter=self._adapter)
-        stored = [
-            i for i, image in enumerate(images) if isinstance(image, str) and store is not None and image in store
-        ]
-        others = sorted(set(range(len(images))) - set(stored))
+        texts = {i: image for i, image in enumerate(images) if isinstance(image, str)}
+        ids = {} if store is None else {i: text for i, text in texts.items() if text in store}
+        others = [i for i in range(len(images)) if i not in ids]
         tokens = torch.empty(len(images), config.num_vision_tokens, config.encoder.hidden_size, device=device)
         embeddings = torch.empty(len(images), config.dims.embedding_width, device=device)
-        if stored:
-            rows = store.rows([images[i] for i in stored])
+        if store is not None and ids:
+            rows, stored = store.rows(list(ids.values())), list(ids)
             tokens[stored] = store.gather_rows(rows).to(device, torch.float32)
             embeddings[stored] = store.gather_embedding_rows(rows).to(device)
         batches = [others[i : i + IMAGES_PER_BATCH] for i in range(0, len(others), IMAGES_PER_BATCH)]
-        for rows, (pixels, unreadable) in zip(
+        for batch, (pixels, unreadable) in zip(
             batches, read_images(images, self.backbone.preprocess, batches, num_workers=0), strict=True
         ):
             if unreadable:
                 raise ImageError(unreadable[0] if store is None else f"{unreadable[0]} (nor an id of {store.path})")
             features = self.backbone.encode_images(pixels)
-            tokens[rows] = self.model.compress(features.patch_tokens).float()
-            embeddings[rows] = features.embedding
+            tokens[batch] = self.model.compress(features.patch_tokens).float()
+            embeddings[batch] = features.embedding
         return tokens, embeddings
 
 
@@ -194,9 +196,9 @@ def _identity(image: ImageSource) -> Hashable:
     return id(image) if isinstance(image, Image.Image) else image
 
 
-def _distinct(items: list, key: Callable[[object], Hashable]) -> tuple[list, Tensor]:
-    """Each item once, and the place of every given one among them, [n] int64."""
-    places: dict[Hashable, int] = {}
-    index = [places.setdefault(key(item), len(places)) for item in items]
+def _distinct(items: Sequence[Item], key: Callable[[Item], Hashable]) -> tuple[list[Item], Tensor]:
+    """Each item once, and for every given one its number among them, [n] int64."""
+    numbers: dict[Hashable, int] = {}
+    index = [numbers.setdefault(key(item), len(numbers)) for item in items]
     distinct = dict(zip(index, items, strict=True))
-    return [distinct[place] for place in range(len(places))], torch.tensor(index)
+    return [distinct[number] for number in range(len(numbers))], torch.tensor(index)

@@ -95,8 +95,8 @@ def _annotate(splits: dict[str, list[Scene]], seed: int) -> Iterator[dict]:
     writer = CaptionWriter([scene for scenes in splits.values() for scene in scenes], seed)
     imgid = sentid = 0
     for split, scenes in splits.items():
-        for _, siblings in groupby(scenes, key=attrgetter("family")):
-            siblings = list(siblings)
+        for _, members in groupby(scenes, key=attrgetter("family")):
+            siblings = list(members)
             for scene, captions in zip(siblings, writer.write_family(siblings), strict=True):
                 sentids = list(range(sentid, sentid + len(captions)))
                 yield {
@@ -170,7 +170,7 @@ def write_contact_sheet(annotation_file: Path, picture: str | Path) -> None:
     sheet.save(picture)
 
 
-def _wrap(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+def _wrap(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

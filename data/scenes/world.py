@@ -172,9 +172,10 @@ def _draw_family(size: int, number: int, num_objects: int, rng: random.Random) -
 
 
 def _place_objects(binding: tuple, layout: str, rng: random.Random) -> Iterator[SceneObject]:
-    """`binding`: for each of KINDS, the values at the places of the layout."""
+    """`binding`: for each of KINDS, the values at the positions of the layout."""
     for attributes, (x, y) in zip(zip(*binding, strict=True), LAYOUTS[layout], strict=True):
-        yield SceneObject(*attributes, x=_near(x, rng), y=_near(y, rng))
+        size, texture, colour, shape = attributes
+        yield SceneObject(size, texture, colour, shape, _near(x, rng), _near(y, rng))
 
 
 def _near(centre: float, rng: random.Random) -> float:
