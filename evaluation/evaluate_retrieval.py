@@ -38,7 +38,7 @@ from evaluation.report.page import write_report
 from evaluation.results import Results, choose_lambda
 from evaluation.retrieval import check_pool, evaluate
 from evaluation.tables import markdown_table, protocol
-from models.checkpoints.checkpoint import CONFIG_FILE, write_config
+from models.checkpoints.checkpoint import CONFIG_FILE, write_fusion
 from models.checkpoints.hub import locate_checkpoint
 from models.distributed import DistributedContext, process_group
 from models.edje import EDJE
@@ -226,7 +226,7 @@ class Evaluator:
         if checkpoint is None:
             print(f"lambda {chosen:g}, for these results only")
         else:
-            write_config(checkpoint, self.model.config)
+            write_fusion(checkpoint, chosen, split)
             print(f"lambda {chosen:g}, saved in {checkpoint / CONFIG_FILE}")
 
 

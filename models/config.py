@@ -6,7 +6,8 @@ Shapes throughout: B images, P patch tokens, Dv patch width, De embedding width,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from .errors import UserError
 
@@ -69,55 +70,141 @@ class BackboneDims:
         _check_at_least(self, "dims.", 1, "num_patches", "patch_width", "embedding_width")
 
 
-ADAPTER_KINDS = ("compression", "local", "pooling", "kmeans")
-
-
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """From patch tokens [B, P, Dv] to vision tokens [B, m, H]."""
+    """From patch tokens [B, P, Dv] to vision tokens [B, m, H]: what the configurations of all kinds share.
 
-    kind: str = "compression"
+    Each kind has a class of its own; `kind` in a file says which (ADAPTER_CONFIGS). Version 1 of config.yaml holds all
+    of these settings for every kind, and the fingerprint of stored tokens covers them; a kind ignores those that it has
+    no use for."""
+
+    kind: str = ""
     """`compression`: num_tokens learned queries attend over the patches. `local`: an MLP per patch, no compression.
     Ablations of the attention: `pooling`: the MLP on num_tokens means over the cells of a grid; `kmeans`: on the
     num_tokens centres of the image's own patches."""
     num_tokens: int = 64
     """m. Published: 64. Ignored by `local`, where m = P."""
+    mlp_width: int = 8192
+    """Hidden width of the adapter's MLP. Published: 8192."""
+    num_heads: int = 16
+    """compression: attention heads over Dv. The published code takes the vision tower's number."""
+    activation: str = "gelu"
+    """gelu (exact, erf), gelu_new (tanh) or relu. The published code takes the language model's."""
+    layer_norm_eps: float = 1e-6
+    """compression: epsilon of the LayerNorm. The published code takes the vision tower's."""
+    position_codes: float = 0.0
+    """Above 0: a learned table of position codes is added to the patch tokens. It starts as sines and cosines of row
+    and column with this amplitude (1 suits tokens of deviation 1); the queries start as position codes too. For
+    backbones whose tokens hardly tell their position, so that "left of" cannot be learned. 0, the paper's: none.
+    Formerly `places`, which files may still say."""
+
+    def __post_init__(self) -> None:
+        own = {kind: cls for kind, cls in ADAPTER_CONFIGS.items() if type(self) is cls}
+        if self.kind not in own:
+            raise UserError(f"adapter.kind is {self.kind!r}; {type(self).__name__} is for {', '.join(own) or 'none'}")
+        _check_at_least(self, "adapter.", 1, "num_tokens", "mlp_width", "num_heads")
+        _check_epsilon(self, "adapter.")
+        if not 0 <= self.position_codes < math.inf:
+            raise UserError(f"adapter.position_codes is {self.position_codes}; it must be at least 0 and finite")
+
+    def num_vision_tokens(self, dims: BackboneDims) -> int:
+        """m: vision tokens per image."""
+        return self.num_tokens
+
+    @classmethod
+    def class_for(cls, data: dict[str, Any]) -> tuple[type[AdapterConfig], dict[str, Any]]:
+        """The class that a file's section `adapter` means, and the section as that class reads it.
+
+        Former names are replaced. Settings of another kind are dropped where they have their default, as in the files
+        of version 1, and are an error elsewhere."""
+        data = _with_current_names(data)
+        kind = data.get("kind", CompressionConfig.kind)
+        chosen = ADAPTER_CONFIGS.get(kind) if isinstance(kind, str) else None
+        if chosen is None:
+            raise UserError(f"adapter.kind is {kind!r}; expected one of {', '.join(ADAPTER_CONFIGS)}")
+        foreign = _settings_of_other_kinds(chosen)
+        for key in foreign.keys() & data.keys():
+            owner, default = foreign[key]
+            # Version 1 took a deviation of queries for kinds that have none, and ignored it.
+            if data[key] != default and key != "query_std":
+                raise UserError(f"adapter.{key} is for adapter.kind {owner!r}, not {kind!r}; drop it")
+        return chosen, {key: value for key, value in data.items() if key not in foreign}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig(AdapterConfig):
+    """The paper's adapter: num_tokens learned queries attend over the patches."""
+
+    kind: str = "compression"
     num_blocks: int = 1
     """compression: blocks of attention and MLP, one after the other, over the same patches. Published: 1."""
     learn_queries: bool = True
     """compression: false keeps the queries at their random initial values, an ablation."""
-    mlp_width: int = 8192
-    """Hidden width of the adapter's MLP. Published: 8192."""
-    num_heads: int = 16
-    """Attention heads over Dv. The published code takes the vision tower's number."""
-    activation: str = "gelu"
-    """gelu (exact, erf), gelu_new (tanh) or relu. The published code takes the language model's."""
-    layer_norm_eps: float = 1e-6
-    """Epsilon of the adapter's LayerNorm. The published code takes the vision tower's."""
     query_std: float | None = None
-    """Standard deviation of the queries' initial values; null: Dv ** -0.5. Narrow models from scratch may need wider
-    queries, e.g. 4 where patch tokens have deviation 1."""
-    places: float = 0.0
-    """Above 0: a learned table of position codes is added to the patch tokens. It starts as sines and cosines of row
-    and column with this amplitude (1 suits tokens of deviation 1); the queries start as position codes too. For
-    backbones whose tokens hardly tell their position, so that "left of" cannot be learned. 0, the paper's: none."""
+    """compression: standard deviation of the queries' initial values; null: Dv ** -0.5. Narrow models from scratch may
+    need wider queries, e.g. 4 where patch tokens have deviation 1."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ADAPTER_KINDS:
-            raise UserError(f"adapter.kind is {self.kind!r}; expected one of {', '.join(ADAPTER_KINDS)}")
-        _check_at_least(self, "adapter.", 1, "num_tokens", "num_blocks", "mlp_width", "num_heads")
-        _check_epsilon(self, "adapter.")
-        if self.kind != "compression" and (self.num_blocks > 1 or not self.learn_queries):
-            raise UserError(
-                f"adapter.num_blocks and adapter.learn_queries are for adapter.kind 'compression', not {self.kind!r}; "
-                "drop them"
-            )
+        super().__post_init__()
+        _check_at_least(self, "adapter.", 1, "num_blocks")
         if self.query_std is not None and not 0 < self.query_std < math.inf:
             raise UserError(f"adapter.query_std is {self.query_std}; it must be above 0 and finite")
-        if not 0 <= self.places < math.inf:
-            raise UserError(f"adapter.places is {self.places}; it must be at least 0 and finite")
-        if self.places and self.query_std is not None:
-            raise UserError("adapter.query_std has no effect with adapter.places, which start the queries; drop it")
+        if self.position_codes and self.query_std is not None:
+            raise UserError("adapter.query_std has no effect with adapter.position_codes, which start the queries")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalConfig(AdapterConfig):
+    """The paper's local model: an MLP per patch token, no compression."""
+
+    kind: str = "local"
+
+    def num_vision_tokens(self, dims: BackboneDims) -> int:
+        return dims.num_patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolingConfig(AdapterConfig):
+    """An ablation of the attention: the MLP on num_tokens means over the cells of a grid."""
+
+    kind: str = "pooling"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KMeansConfig(AdapterConfig):
+    """An ablation of the attention: the MLP on the num_tokens centres of the image's own patches."""
+
+    kind: str = "kmeans"
+
+
+ADAPTER_CONFIGS: dict[str, type[AdapterConfig]] = {
+    "compression": CompressionConfig,
+    "local": LocalConfig,
+    "pooling": PoolingConfig,
+    "kmeans": KMeansConfig,
+}
+"""The configuration of each kind of adapter. A new kind: a class and a line here, a module and a line in
+vision/adapters.py."""
+FORMER_ADAPTER_KEYS = {"places": "position_codes"}
+"""Keys of older files -> their names today."""
+
+
+def _with_current_names(data: dict[str, Any]) -> dict[str, Any]:
+    for former, name in FORMER_ADAPTER_KEYS.items():
+        if former in data and name in data:
+            raise UserError(f"adapter.{former} is the former name of adapter.{name}, and both are set; drop one")
+    return {FORMER_ADAPTER_KEYS.get(key, key): value for key, value in data.items()}
+
+
+def _settings_of_other_kinds(chosen: type[AdapterConfig]) -> dict[str, tuple[str, object]]:
+    """Each setting that `chosen` lacks: the kind that has it, and its default there."""
+    own = {field.name for field in fields(chosen)}
+    return {
+        field.name: (kind, field.default)
+        for kind, cls in ADAPTER_CONFIGS.items()
+        for field in fields(cls)
+        if field.name not in own
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +271,7 @@ class EDJEConfig:
     """match logit = weight * first-stage cosine + head, the head starting at zero and the weight, learned too, at this
     value: the embedder's logit scale, e.g. 100 for CLIP. 0: the head alone, as in the paper."""
     fusion_lambda: float | None = None
-    """fused score = match logit + fusion_lambda * cosine; chosen on a validation split, None until one was seen."""
+    """fused score = match logit + fusion_lambda * cosine; chosen on a validation split, None until then."""
     fusion_split: str = ""
     """The split that fusion_lambda was chosen on; empty: not known."""
 
@@ -198,4 +285,4 @@ class EDJEConfig:
     @property
     def num_vision_tokens(self) -> int:
         """m: vision tokens per image in the joint input."""
-        return self.dims.num_patches if self.adapter.kind == "local" else self.adapter.num_tokens
+        return self.adapter.num_vision_tokens(self.dims)

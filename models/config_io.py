@@ -10,11 +10,19 @@ import dataclasses
 import difflib
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from .errors import UserError
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class HasVariants(Protocol):
+    """A dataclass whose section of a file may mean one of several: it says which, and how that reads the section."""
+
+    @classmethod
+    def class_for(cls, data: dict[str, Any]) -> tuple[type, dict[str, Any]]: ...
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -43,6 +51,12 @@ def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
     if not isinstance(data, dict):
         problems.append(f"'{prefix.rstrip('.') or 'the file'}' is {data!r}; expected a mapping of keys to values")
         return None
+    if issubclass(cls, HasVariants):
+        try:
+            cls, data = cls.class_for(data)
+        except UserError as error:
+            problems.append(str(error))
+            return None
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if is_saved(f)}
     problems += [

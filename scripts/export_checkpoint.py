@@ -1,13 +1,16 @@
 """Copy a run's newest checkpoint into a directory to share: half the bytes, a model card, no optimizer state.
 
 python scripts/export_checkpoint.py runs/demo/pretrained/7_relations --out configs/pretrained/scenes \
-    --backbone-pretrained configs/embedders/scenes-vit
+    --backbone-pretrained ../../embedders/scenes-vit
 python scripts/export_checkpoint.py runs/NAME --out shared/NAME --push OWNER/NAME
 
 Fine-tuning starts from it (model.init_from=DIR) and Reranker.from_pretrained loads it. Weights are rounded to float16;
 whoever loads them computes in float32 as before. Tokens stored with the run's own weights are refused by the copy's
 fingerprint: index again. The card (README.md) has the tables of the run's evaluations of this very checkpoint
 (RUN/results.json, RUN/evaluation-*/results.json, or --results), and what the run's configuration says of its data.
+
+A backbone directory that is shared beside the copy is named by its path from --out, starting with ./ or ../: both then
+load from any working directory.
 """
 
 from __future__ import annotations
@@ -25,9 +28,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.figures import EvaluationRecord, read_results
 from evaluation.model_record import annotation_files, read_run_config, run_directory
-from models.checkpoints.checkpoint import read_checkpoint, resolve_checkpoint, weights_fingerprint, write_checkpoint
+from models.checkpoints.checkpoint import (
+    is_relative_to_checkpoint,
+    located_from,
+    read_checkpoint,
+    resolve_checkpoint,
+    weights_fingerprint,
+    write_checkpoint,
+)
 from models.checkpoints.hub import upload_checkpoint
 from models.checkpoints.model_card import LICENSE, model_card
+from models.config import BackboneConfig
 from models.errors import UserError, run_entry_point
 from models.state_dicts import half_precision
 from scripts.results_table import table
@@ -56,13 +67,34 @@ def export_checkpoint(
     for key, tensor in half.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{checkpoint}: {key} has values that float16 cannot hold; it cannot be exported")
-    named = {"pretrained": backbone_pretrained, "token_pretrained": token_pretrained}
-    config = replace(config, backbone=replace(config.backbone, **{key: value for key, value in named.items() if value}))
+    backbone = _renamed(config.backbone, backbone_pretrained, token_pretrained, out)
+    config = replace(config, backbone=backbone)
     measured = _measured(results or _results_of(run, checkpoint), checkpoint)
-    facts = _origin(run) | {"weights": weights_fingerprint(half), "license": license}
-    card = model_card(config, name or out.name, measured, **facts)
+    datasets, base_models = _origin(run)
+    card = model_card(
+        config,
+        name or out.name,
+        measured,
+        datasets=datasets,
+        base_models=base_models,
+        weights=weights_fingerprint(half),
+        license=license,
+    )
     write_checkpoint(out, config, half, tokenizer, card)
     return checkpoint
+
+
+def _renamed(backbone: BackboneConfig, pretrained: str, token_pretrained: str, out: Path) -> BackboneConfig:
+    """The backbone under the names that are given. Raises UserError for a path from `out` that leads to nothing."""
+    for named in (pretrained, token_pretrained):
+        located = Path(located_from(out, named))
+        if is_relative_to_checkpoint(named) and not located.exists():
+            raise UserError(f"{named}: no such file or directory as seen from {out}; name the path from there")
+    return replace(
+        backbone,
+        pretrained=pretrained or backbone.pretrained,
+        token_pretrained=token_pretrained or backbone.token_pretrained,
+    )
 
 
 def _results_of(run: Path, checkpoint: Path) -> list[Path]:
@@ -87,14 +119,13 @@ def _measured(files: Sequence[Path], checkpoint: Path) -> list[str]:
     return tables and [*tables, "Measured with the run's own weights, before they were rounded to float16."]
 
 
-def _origin(run: Path) -> dict[str, list[str]]:
+def _origin(run: Path) -> tuple[list[str], list[str]]:
     """Data and language model of the run's configuration, as far as they have names that others know."""
     config = read_run_config(run)
     weights = (config.get("model") or {}).get("encoder_weights") or ""
-    return {
-        "datasets": [_NO_NAME.sub("-", Path(file).stem).strip("-.") for file in annotation_files(config)],
-        "base_models": [weights] if re.fullmatch(r"[\w.-]+/[\w.-]+", weights) and not Path(weights).exists() else [],
-    }
+    datasets = [_NO_NAME.sub("-", Path(file).stem).strip("-.") for file in annotation_files(config)]
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", weights) and not Path(weights).exists()
+    return datasets, [weights] if on_hub else []
 
 
 def main() -> None:

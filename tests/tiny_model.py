@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from models.config import AdapterConfig, BackboneConfig, EDJEConfig, EncoderConfig
+from models.config import BackboneConfig, CompressionConfig, EDJEConfig, EncoderConfig
 from models.edje import EDJE
 from models.language.captions import CaptionTokenizer, build_vocabulary
 from models.vision.backbones import Backbone
@@ -44,7 +44,7 @@ def make_model(backbone: Backbone, vocabulary: Path, **options) -> EDJE:
         backbone=backbone.config,
         dims=backbone.dims,
         backbone_fingerprint=backbone.fingerprint,
-        adapter=options.pop("adapter", AdapterConfig(num_tokens=4, mlp_width=16, num_heads=2)),
+        adapter=options.pop("adapter", CompressionConfig(num_tokens=4, mlp_width=16, num_heads=2)),
         encoder=EncoderConfig(
             vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32
         ),

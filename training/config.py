@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from models.config import AdapterConfig, BackboneConfig, EncoderConfig
+from models.config import AdapterConfig, BackboneConfig, CompressionConfig, EncoderConfig
 from models.config_io import from_dict, to_dict
 from models.errors import UserError
 from models.files import write_atomically
@@ -25,7 +25,8 @@ from models.files import write_atomically
 class ModelConfig:
     """The trained part: adapter, joint encoder, and what they start from."""
 
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    adapter: AdapterConfig = field(default_factory=CompressionConfig)
+    """From patch tokens [B, P, Dv] to vision tokens [B, m, H]. Settings that name a kind are for that kind alone."""
     encoder_weights: str = ""
     """BERT weights to start from: Hugging Face name, directory, or package:NAME/FOLDER of a pip package. Published:
     microsoft/MiniLM-L12-H384-uncased. Empty: `encoder` sizes, random weights, a vocabulary of the training captions."""

@@ -75,10 +75,12 @@ def sections(config: DataclassInstance, name: str = "", meaning: str = "") -> It
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass, as one paragraph; a field without one is left out."""
+    """The string under each field of a dataclass and of its bases, as one paragraph; none: left out."""
+    found = {}
+    for base in cls.__mro__[-2:0:-1]:
+        found |= field_docstrings(base)
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
-    found = {}
     for statement, following in zip(body.body, body.body[1:], strict=False):
         if not isinstance(following, ast.Expr) or not isinstance(following.value, ast.Constant):
             continue

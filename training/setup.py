@@ -20,7 +20,7 @@ from data.caption_datasets import CaptionDataset, load_annotations, read_field
 from data.json_documents import is_list
 from data.neighbours import CaptionKeys
 from data.webdataset_shards import load_shards
-from models.config import EDJEConfig, EncoderConfig
+from models.config import FORMER_ADAPTER_KEYS, EDJEConfig, EncoderConfig
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
@@ -181,8 +181,11 @@ def refuse_contradictions(config: RunConfig, brought: Mapping[str, object], wher
         section, _, name = key.rpartition(".")
         if section not in brought or (section == "model" and key not in _OF_CHECKPOINT):
             continue
-        theirs = getattr(brought[section], name)
-        ours = attrgetter(key)(config)
+        name = FORMER_ADAPTER_KEYS.get(name, name)
+        values = attrgetter(section)(config), brought[section]
+        if not all(hasattr(value, name) for value in values):
+            continue  # adapters of two kinds, whose `kind` differs anyway
+        ours, theirs = (getattr(value, name) for value in values)
         if ours != theirs:
             problems.append(f"{key} is {ours}, the checkpoint's is {theirs}")
     if problems:

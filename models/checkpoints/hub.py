@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from ..errors import UserError, one_line
-from .checkpoint import CARD_FILE, CHECKPOINT_FILES, read_config, resolve_checkpoint
+from .checkpoint import CARD_FILE, CHECKPOINT_FILES, is_relative_to_checkpoint, read_config, resolve_checkpoint
 
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -62,9 +62,10 @@ def upload_checkpoint(
         raise UserError(f"{directory / missing[0]}: no such file; a checkpoint has {', '.join(CHECKPOINT_FILES)}")
     backbone = read_config(directory).backbone
     for key, option in (("pretrained", "--backbone-pretrained"), ("token_pretrained", "--token-pretrained")):
-        if Path(getattr(backbone, key)).is_absolute():
+        named = getattr(backbone, key)
+        if Path(named).is_absolute() or is_relative_to_checkpoint(named):  # neither is uploaded with it
             raise UserError(
-                f"{directory}: backbone.{key} is {getattr(backbone, key)}, which nobody else has; export it under a "
+                f"{directory}: backbone.{key} is {named}, which nobody else has; export it under a "
                 f"name that others can load (scripts/export_checkpoint.py {option} NAME)"
             )
     from huggingface_hub import CommitOperationAdd, HfApi

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, BackboneConfig, BackboneDims, EDJEConfig, EncoderConfig
+from ..config import ADAPTER_CONFIGS, BackboneConfig, BackboneDims, EDJEConfig, EncoderConfig
 from ..config_io import from_dict
 from ..encoder.joint_encoder import JointEncoder, with_rows
 from ..errors import UserError
@@ -290,7 +290,7 @@ def _check_names(tensors: dict[str, Tensor], file: Path) -> None:
     if not any(name.startswith("vision_projection.") for name in tensors):
         raise UserError(f"{file}: no tensor vision_projection.* of the published layout in it; not an EDJE checkpoint?")
     # Names do not depend on sizes: those of the smallest model of the same kind and depth.
-    adapter = AdapterConfig(kind=_adapter_kind(tensors), num_tokens=1, mlp_width=1, num_heads=1)
+    adapter = ADAPTER_CONFIGS[_adapter_kind(tensors)](num_tokens=1, mlp_width=1, num_heads=1)
     encoder = EncoderConfig(
         vocab_size=1, hidden_size=1, num_heads=1, num_layers=max(1, _num_layers(tensors)), intermediate_size=1
     )
@@ -341,8 +341,7 @@ def _infer_config(tensors: dict[str, Tensor], settings: _Settings, file: Path) -
     _check_sizes(found, settings, file)
     num_tokens = {"num_tokens": found["num_tokens"]} if kind == "compression" else {}
     try:
-        adapter = AdapterConfig(
-            kind=kind,
+        adapter = ADAPTER_CONFIGS[kind](
             mlp_width=found["mlp_width"],
             num_heads=settings.adapter_heads,
             activation=settings.activation,

@@ -8,19 +8,21 @@ are those of the published checkpoint.
 from __future__ import annotations
 
 import math
+from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import AdapterConfig, BackboneDims
+from ..config import AdapterConfig, BackboneDims, CompressionConfig, KMeansConfig, LocalConfig, PoolingConfig
 from ..encoder.linear import ACTIVATIONS
 from ..errors import UserError
 from .position_codes import grid_centres, position_codes
 
 QUERY_GAIN = 6.0
-"""With places: how much longer than a patch's code the queries start. On patch tokens of deviation 1 some 40% of a
-query's attention then lie on its own cell of 4 patches; with 1 it hardly prefers it, far above it cannot leave it."""
+"""With position codes: how much longer than a patch's code the queries start. On patch tokens of deviation 1, some 40%
+of a query's attention then lie on its own cell of 4 patches; with 1 it hardly prefers it, far above it cannot leave it.
+"""
 KMEANS_ROUNDS = 10
 
 
@@ -42,7 +44,7 @@ class _MLP(nn.Module):
 class _CompressionBlock(nn.Module):
     """Queries attend over the patches, then a residual MLP behind a LayerNorm."""
 
-    def __init__(self, config: AdapterConfig, patch_width: int):
+    def __init__(self, config: CompressionConfig, patch_width: int):
         super().__init__()
         if patch_width % config.num_heads:
             raise UserError(
@@ -79,7 +81,7 @@ class _CompressionBlock(nn.Module):
 class _FurtherBlock(_CompressionBlock):
     """A block whose queries are the tokens of the block before: [B, M, D] -> [B, M, D], residual, normalised before."""
 
-    def __init__(self, config: AdapterConfig, patch_width: int):
+    def __init__(self, config: CompressionConfig, patch_width: int):
         super().__init__(config, patch_width)
         self.query_norm = nn.LayerNorm(patch_width, eps=config.layer_norm_eps)
 
@@ -96,11 +98,11 @@ class TokenCompressionAdapter(_CompressionBlock):
     it is in the published checkpoint. SigLIP 2 L/16-384: [B, 576, 1024] -> [B, 64, 384], 49,152 bytes an image in
     float16.
 
-    With `config.places` patches carry their place, and query j starts as the code of the j-th cell of a grid over the
-    image, with key maps that keep codes: so each vision token starts with one part of the image.
+    With `config.position_codes` patches carry their position, and query j starts as the code of the j-th cell of a grid
+    over the image, with key maps that keep codes: so each vision token starts with one part of the image.
     """
 
-    def __init__(self, config: AdapterConfig, dims: BackboneDims, hidden_size: int):
+    def __init__(self, config: CompressionConfig, dims: BackboneDims, hidden_size: int):
         patch_width = dims.patch_width
         super().__init__(config, patch_width)
         self.projection = nn.Linear(patch_width, hidden_size)
@@ -121,8 +123,8 @@ class TokenCompressionAdapter(_CompressionBlock):
         return self.projection(tokens_BMD)
 
     @torch.no_grad()
-    def _start_queries_at_positions(self, config: AdapterConfig, dims: BackboneDims) -> None:
-        codes = config.places * _codes_of_grid(*_grid_of(config.num_tokens), dims)
+    def _start_queries_at_positions(self, config: CompressionConfig, dims: BackboneDims) -> None:
+        codes = config.position_codes * _codes_of_grid(*_grid_of(config.num_tokens), dims)
         nn.init.orthogonal_(self.key.weight)
         weight_q, weight_k, _ = self.attention.in_proj_weight.chunk(3)
         nn.init.orthogonal_(weight_k)
@@ -147,13 +149,10 @@ class LocalProjection(_MLP):
 class PooledProjection(LocalProjection):
     """Compression without attention, for ablations: M means of patch tokens through the local model's MLP, [B, M, H].
 
-    `pooling`: means over the cells of a grid of M cells. `kmeans`: the centres of the image's own patches, found from
-    those means by KMEANS_ROUNDS rounds of Lloyd's algorithm; so nothing random is in it, and an image alone decides
-    its tokens."""
+    Means over the cells of a grid of M cells."""
 
     def __init__(self, config: AdapterConfig, dims: BackboneDims, hidden_size: int):
         super().__init__(config, dims, hidden_size)
-        self.clusters = config.kind == "kmeans"
         self.side, self.grid = math.isqrt(dims.num_patches), _grid_of(config.num_tokens)
         if self.side**2 != dims.num_patches or max(self.grid) > self.side:
             raise UserError(
@@ -163,12 +162,22 @@ class PooledProjection(LocalProjection):
             )
 
     def forward(self, patches_BPD: Tensor) -> Tensor:
-        patches_BPD = _with_positions(patches_BPD, self.places)
+        return _MLP.forward(self, self.means(_with_positions(patches_BPD, self.places)))
+
+    def means(self, patches_BPD: Tensor) -> Tensor:
+        """[B, M, D]"""
         square = patches_BPD.transpose(1, 2).unflatten(2, (self.side, self.side))
-        means_BMD = F.adaptive_avg_pool2d(square, self.grid).flatten(2).transpose(1, 2)
-        if self.clusters:
-            means_BMD = cluster_means(patches_BPD, nearest_centres(patches_BPD.detach(), means_BMD.detach()), means_BMD)
-        return _MLP.forward(self, means_BMD)
+        return F.adaptive_avg_pool2d(square, self.grid).flatten(2).transpose(1, 2)
+
+
+class ClusteredProjection(PooledProjection):
+    """The same on the centres of the image's own patches: KMEANS_ROUNDS rounds of Lloyd's algorithm from those means.
+
+    Nothing in it is random: an image alone decides its tokens."""
+
+    def means(self, patches_BPD: Tensor) -> Tensor:
+        starts_BMD = super().means(patches_BPD)
+        return cluster_means(patches_BPD, nearest_centres(patches_BPD.detach(), starts_BMD.detach()), starts_BMD)
 
 
 @torch.no_grad()
@@ -188,15 +197,16 @@ def cluster_means(patches_BPD: Tensor, cluster_BP: Tensor, empty_BMD: Tensor) ->
     return torch.where(count_BM1 > 0, member_BMP @ patches_BPD / count_BM1.clamp(min=1), empty_BMD)
 
 
+@singledispatch
 def build_adapter(config: AdapterConfig, dims: BackboneDims, hidden_size: int) -> nn.Module:
-    """The adapter that `config.kind` names."""
-    kinds = {
-        "compression": TokenCompressionAdapter,
-        "local": LocalProjection,
-        "pooling": PooledProjection,
-        "kmeans": PooledProjection,
-    }
-    return kinds[config.kind](config, dims, hidden_size)
+    """The adapter of a configuration, by the configuration's class."""
+    raise NotImplementedError(f"no adapter is registered for {type(config).__name__}")
+
+
+build_adapter.register(CompressionConfig, TokenCompressionAdapter)
+build_adapter.register(LocalConfig, LocalProjection)
+build_adapter.register(PoolingConfig, PooledProjection)
+build_adapter.register(KMeansConfig, ClusteredProjection)
 
 
 def _grid_of(num_tokens: int) -> tuple[int, int]:
@@ -211,15 +221,15 @@ def _with_positions(patches_BPD: Tensor, places: nn.Parameter | None) -> Tensor:
 
 def _position_table(config: AdapterConfig, dims: BackboneDims) -> nn.Parameter | None:
     """The learned table [P, D] that is added to patch tokens, or None where the configuration wants none."""
-    if not config.places:
+    if not config.position_codes:
         return None
     side = math.isqrt(dims.num_patches)
     if side * side != dims.num_patches or dims.patch_width % 4:
         raise UserError(
-            f"adapter.places needs a square grid of patches and a patch width that 4 divides; this backbone gives "
-            f"{dims.num_patches} patches of {dims.patch_width}; set adapter.places to 0"
+            "adapter.position_codes needs a square grid of patches and a patch width that 4 divides; this backbone "
+            f"gives {dims.num_patches} patches of {dims.patch_width}; set adapter.position_codes to 0"
         )
-    return nn.Parameter(config.places * _codes_of_grid(side, side, dims))
+    return nn.Parameter(config.position_codes * _codes_of_grid(side, side, dims))
 
 
 def _codes_of_grid(rows: int, columns: int, dims: BackboneDims) -> Tensor:

@@ -1,4 +1,4 @@
-"""Codes of places in an image: sines and cosines of row and column, for tokens that do not tell where they lie.
+"""Codes of positions in an image: sines and cosines of row and column, for tokens that do not tell where they lie.
 
 Source: DETR (arXiv 2005.12872), which adds such codes to a convolutional map.
 """
@@ -14,9 +14,9 @@ def grid_centres(rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(*((torch.arange(n) + 0.5) / n for n in (rows, columns)))
 
 
-def position_codes(places: Tensor, frequencies: Tensor) -> Tensor:
-    """Places [N, 2] (row, column), frequencies [F] in radians a unit -> [N, 4F]: first the row's 2F, then the column's.
+def position_codes(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Positions [N, 2] (row, column), frequencies [F] in radians per unit -> [N, 4F]: the row's 2F, then the column's.
 
     Every code has the norm sqrt(2F)."""
-    angles = places[:, :, None] * frequencies
+    angles = positions[:, :, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)

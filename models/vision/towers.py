@@ -40,10 +40,10 @@ class TokenTower(nn.Module):
     def __init__(self, config: BackboneConfig, trunk: nn.Module, weights: str):
         super().__init__()
         self.trunk, self.stages, self.grid = trunk, config.token_stages, config.token_grid
-        look = resolve_model_data_config(trunk)
-        self.pixel_shape: tuple[int, int, int] = look["input_size"]
-        self.preprocess = create_transform(**look, is_training=False)
-        side, digest = self.pixel_shape[1], short_hash(look)
+        preprocessing = resolve_model_data_config(trunk)
+        self.pixel_shape: tuple[int, int, int] = preprocessing["input_size"]
+        self.preprocess = create_transform(**preprocessing, is_training=False)
+        side, digest = self.pixel_shape[1], short_hash(preprocessing)
         self.fingerprint = f"{trunk.pretrained_cfg['architecture']}/{weights} {side}px-{digest}"
 
     @classmethod
@@ -135,13 +135,13 @@ def maps_to_tokens(maps: list[Tensor], grid: int) -> Tensor:
 
 
 def _grid_positions(grid: int, device: torch.device) -> Tensor:
-    """[grid*grid, 16]: codes of the grid's places at four frequencies, of unit variance."""
+    """[grid*grid, 16]: codes of the grid's cells at four frequencies, of unit variance."""
     frequencies = math.pi * torch.tensor([0.5, 1, 2, 4])
     return math.sqrt(2) * position_codes(grid_centres(grid, grid), frequencies).to(device)
 
 
 def weights_hash(module: nn.Module) -> str:
-    """Hash over names, shapes and values of all weights; the architecture is in it, the file's place is not."""
+    """Hash over names, shapes and values of all weights; the architecture is in it, the file's path is not."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

@@ -17,7 +17,7 @@ from data.caption_datasets import load_annotations
 from evaluation.evaluate_retrieval import main
 from evaluation.output import read_rankings
 from models.checkpoints.checkpoint import read_config, write_config, write_latest
-from models.config import AdapterConfig, EDJEConfig, EncoderConfig
+from models.config import CompressionConfig, EDJEConfig, EncoderConfig
 from models.edje import EDJE
 from models.errors import UserError
 from models.language.captions import CaptionTokenizer, build_vocabulary
@@ -42,7 +42,7 @@ def run(tmp_path_factory, backbone: Backbone, annotations: Path, scenes: Path) -
         backbone=backbone.config,
         dims=backbone.dims,
         backbone_fingerprint=backbone.fingerprint,
-        adapter=AdapterConfig(num_tokens=4, mlp_width=16, num_heads=2),
+        adapter=CompressionConfig(num_tokens=4, mlp_width=16, num_heads=2),
         encoder=EncoderConfig(vocab_size=tokenizer.vocab_size, **sizes),
     )
     torch.manual_seed(0)

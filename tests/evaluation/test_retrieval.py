@@ -14,7 +14,7 @@ from data.caption_datasets import CaptionDataset, load_annotations
 from evaluation.gallery import build_gallery
 from evaluation.retrieval import _collect, evaluate, first_stage, rerank_pools
 from models.checkpoints.checkpoint import adapter_fingerprint
-from models.config import AdapterConfig, EDJEConfig, EncoderConfig
+from models.config import CompressionConfig, EDJEConfig, EncoderConfig
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
@@ -43,7 +43,7 @@ def make_model(backbone: Backbone, tokenizer: CaptionTokenizer, **options) -> ED
         backbone=backbone.config,
         dims=backbone.dims,
         backbone_fingerprint=backbone.fingerprint,
-        adapter=AdapterConfig(num_tokens=4, mlp_width=16, num_heads=2),
+        adapter=CompressionConfig(num_tokens=4, mlp_width=16, num_heads=2),
         encoder=EncoderConfig(
             vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32
         ),

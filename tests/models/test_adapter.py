@@ -1,12 +1,20 @@
-"""How adapters start, and places; what the compression adapter computes is checked in test_parity.py."""
+"""Adapters' configurations and starts, position codes; test_parity.py checks what the compression adapter computes."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from models.config import AdapterConfig, BackboneDims
-from models.config_io import from_dict
+from models.config import (
+    ADAPTER_CONFIGS,
+    AdapterConfig,
+    BackboneDims,
+    CompressionConfig,
+    KMeansConfig,
+    LocalConfig,
+    PoolingConfig,
+)
+from models.config_io import from_dict, to_dict
 from models.errors import UserError
 from models.vision.adapters import TokenCompressionAdapter, build_adapter, nearest_centres
 from models.vision.position_codes import position_codes
@@ -21,7 +29,7 @@ def dims(num_patches: int = 64, patch_width: int = 64) -> BackboneDims:
 @pytest.mark.parametrize("configured, deviation", [(None, 64**-0.5), (4.0, 4.0)])
 def test_queries_start_with_the_configured_deviation(configured, deviation):
     torch.manual_seed(0)
-    config = AdapterConfig(num_tokens=32, mlp_width=8, num_heads=4, query_std=configured)
+    config = CompressionConfig(num_tokens=32, mlp_width=8, num_heads=4, query_std=configured)
     query = TokenCompressionAdapter(config, dims(), hidden_size=16).query
     assert query.std().item() == pytest.approx(deviation, rel=0.1)
 
@@ -37,9 +45,9 @@ def attention_of_queries(adapter: TokenCompressionAdapter, patches: torch.Tensor
 
 
 @pytest.mark.parametrize("num_tokens, rows, columns", [(16, 4, 4), (8, 2, 4), (4, 2, 2)])
-def test_with_places_each_query_starts_at_its_own_cell(num_tokens, rows, columns):
+def test_with_position_codes_each_query_starts_at_its_own_cell(num_tokens, rows, columns):
     torch.manual_seed(0)
-    config = AdapterConfig(num_tokens=num_tokens, mlp_width=8, num_heads=4, places=1.0)
+    config = CompressionConfig(num_tokens=num_tokens, mlp_width=8, num_heads=4, position_codes=1.0)
     adapter = TokenCompressionAdapter(config, dims(patch_width=128), hidden_size=16)
     with torch.no_grad():
         attention = attention_of_queries(adapter, torch.randn(20, 64, 128)).unflatten(1, (8, 8))
@@ -48,43 +56,43 @@ def test_with_places_each_query_starts_at_its_own_cell(num_tokens, rows, columns
     assert cells.diagonal().mean() > 1.5 / num_tokens
 
 
-def test_equal_patches_become_different_tokens_with_places_only():
+def test_equal_patches_become_different_tokens_with_position_codes_only():
     patches = torch.randn(1, 1, 64).expand(1, 64, 64)
     for kind in ("compression", "local"):
-        for places in (0.0, 1.0):
+        for amplitude in (0.0, 1.0):
             torch.manual_seed(0)
-            config = AdapterConfig(kind=kind, num_tokens=4, mlp_width=8, num_heads=4, places=places)
+            config = ADAPTER_CONFIGS[kind](num_tokens=4, mlp_width=8, num_heads=4, position_codes=amplitude)
             moved = build_adapter(config, dims(), 16)
             with torch.no_grad():
                 tokens = moved(patches + (torch.arange(64)[None, :, None] == 3).float())
                 elsewhere = moved(patches + (torch.arange(64)[None, :, None] == 60).float())
             summed = tokens.sum(1), elsewhere.sum(1)
-            assert torch.allclose(*summed, atol=1e-5) == (places == 0), (kind, places)
-            assert ("places" in moved.state_dict()) == (places > 0)
+            assert torch.allclose(*summed, atol=1e-5) == (amplitude == 0), (kind, amplitude)
+            assert ("places" in moved.state_dict()) == (amplitude > 0)
 
 
-def test_place_codes_are_nearer_the_nearer_the_places():
-    places = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 3.0], [7.0, 7.0]])
-    codes = position_codes(places, 100.0 ** (-torch.arange(16) / 16))
+def test_codes_are_nearer_the_nearer_the_positions():
+    positions = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 3.0], [7.0, 7.0]])
+    codes = position_codes(positions, 100.0 ** (-torch.arange(16) / 16))
     distances = (codes - codes[0]).norm(dim=1)
     assert distances[0] == 0 and distances.diff().min() > 0
 
 
-def test_places_need_a_square_grid_and_a_width_of_quarters():
-    config = AdapterConfig(num_tokens=4, mlp_width=8, num_heads=2, places=1.0)
+def test_position_codes_need_a_square_grid_and_a_width_of_quarters():
+    config = CompressionConfig(num_tokens=4, mlp_width=8, num_heads=2, position_codes=1.0)
     with pytest.raises(UserError, match="square grid of patches"):
         build_adapter(config, dims(num_patches=50), 16)
     with pytest.raises(UserError, match="64 patches of 62"):
         build_adapter(config, dims(patch_width=62), 16)
-    with pytest.raises(UserError, match="places is -1"):
-        AdapterConfig(places=-1.0)
-    with pytest.raises(UserError, match="no effect with adapter.places"):
-        AdapterConfig(places=1.0, query_std=4.0)
+    with pytest.raises(UserError, match="position_codes is -1"):
+        CompressionConfig(position_codes=-1.0)
+    with pytest.raises(UserError, match="no effect with adapter.position_codes"):
+        CompressionConfig(position_codes=1.0, query_std=4.0)
 
 
 def small(kind: str, **changes) -> torch.nn.Module:
     torch.manual_seed(0)
-    return build_adapter(AdapterConfig(kind=kind, mlp_width=8, num_heads=4, **changes), dims(), 16)
+    return build_adapter(ADAPTER_CONFIGS[kind](mlp_width=8, num_heads=4, **changes), dims(), 16)
 
 
 @pytest.mark.parametrize("num_tokens, rows, columns", [(1, 1, 1), (8, 2, 4), (16, 4, 4)])
@@ -152,14 +160,14 @@ def test_further_blocks_refine_the_tokens_and_all_of_them_learn():
 )
 def test_impossible_adapters_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        AdapterConfig(**options)
+        from_dict(AdapterConfig, options, where="config.yaml")
 
 
 def test_pooling_needs_a_square_grid_of_no_fewer_cells():
     with pytest.raises(UserError, match="50 patches"):
-        build_adapter(AdapterConfig(kind="pooling", num_tokens=4), dims(num_patches=50), 16)
+        build_adapter(PoolingConfig(num_tokens=4), dims(num_patches=50), 16)
     with pytest.raises(UserError, match="1 x 11 cells"):
-        build_adapter(AdapterConfig(kind="kmeans", num_tokens=11), dims(), 16)
+        build_adapter(KMeansConfig(num_tokens=11), dims(), 16)
 
 
 ABLATIONS = read_sweep(Path(__file__).parents[2] / "configs" / "ablations.yaml").variants
@@ -171,3 +179,30 @@ def test_every_ablation_compresses_the_patches_of_its_backbone(variant):
     siglip2_l16 = BackboneDims(num_patches=576, patch_width=1024, embedding_width=1024)
     adapter = build_adapter(config, siglip2_l16, hidden_size=384)
     assert adapter(torch.randn(1, 576, 1024)).shape == (1, config.num_tokens, 384)
+
+
+def read(section: dict[str, object]) -> AdapterConfig:
+    return from_dict(AdapterConfig, section, where="config.yaml")
+
+
+def test_a_section_becomes_the_configuration_of_its_kind_and_comes_back():
+    for kind, cls in ADAPTER_CONFIGS.items():
+        config = read({"kind": kind, "num_tokens": 4})
+        assert type(config) is cls and read(to_dict(config)) == config
+    assert read({}) == CompressionConfig()
+    assert "num_blocks" not in to_dict(LocalConfig())
+
+
+def test_a_file_of_version_1_has_every_setting_for_every_kind():
+    settings = {"num_tokens": 16, "num_blocks": 1, "learn_queries": True, "mlp_width": 8, "num_heads": 4}
+    settings |= {"activation": "gelu", "layer_norm_eps": 1e-6, "query_std": 4.0, "places": 0.0}
+    assert read({"kind": "local", **settings}) == LocalConfig(num_tokens=16, mlp_width=8, num_heads=4)
+    assert read({"kind": "compression", **settings}).query_std == 4.0
+
+
+def test_position_codes_are_read_under_their_former_name_and_saved_under_todays():
+    config = read({"places": 0.5})
+    assert config == CompressionConfig(position_codes=0.5)
+    assert to_dict(config)["position_codes"] == 0.5 and "places" not in to_dict(config)
+    with pytest.raises(UserError, match="places is the former name of adapter.position_codes, and both are set"):
+        read({"places": 0.5, "position_codes": 1.0})

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,8 @@ from models.checkpoints.checkpoint import (
     write_config,
     write_latest,
 )
-from models.config import AdapterConfig, BackboneConfig, BackboneDims, EDJEConfig, EncoderConfig
+from models.config import ADAPTER_CONFIGS, BackboneConfig, BackboneDims, CompressionConfig, EDJEConfig, EncoderConfig
+from models.config_io import to_dict
 from models.edje import EDJE
 from models.errors import UserError
 from models.files import atomic_directory
@@ -41,7 +42,7 @@ def model(tmp_path_factory) -> EDJE:
     config = EDJEConfig(
         backbone=BackboneConfig(name="ViT-B-16", pretrained="random"),
         dims=BackboneDims(num_patches=9, patch_width=8, embedding_width=6),
-        adapter=AdapterConfig(num_tokens=2, mlp_width=12, num_heads=2),
+        adapter=CompressionConfig(num_tokens=2, mlp_width=12, num_heads=2),
         encoder=EncoderConfig(
             vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24
         ),
@@ -240,7 +241,7 @@ def test_loading_lists_missing_unexpected_and_misshaped_names(model):
 
 
 def test_a_config_that_does_not_fit_its_weights_is_an_error_naming_the_directory(model, saved):
-    write_config(saved, replace(model.config, adapter=AdapterConfig(num_tokens=3, mlp_width=12, num_heads=2)))
+    write_config(saved, replace(model.config, adapter=CompressionConfig(num_tokens=3, mlp_width=12, num_heads=2)))
     with pytest.raises(UserError, match=r"saved: .*adapter.query is \[1, 2, 8\], expected \[1, 3, 8\]"):
         EDJE.from_pretrained(saved)
 
@@ -289,3 +290,25 @@ def test_the_fingerprint_changes_with_the_adapter_and_with_nothing_else(model):
 def test_the_fingerprint_survives_saving_and_loading(model, saved):
     config, state, _ = read_checkpoint(saved)
     assert adapter_fingerprint(config, state) == adapter_fingerprint(model.config, model.state_dict())
+
+
+def test_the_fingerprint_of_a_known_checkpoint_stays():
+    """Stores that were made with it are refused after any change."""
+    config, state, _ = read_checkpoint(ROOT / "configs" / "pretrained" / "scenes")
+    assert adapter_fingerprint(config, state) == "7642f24f4f49f4f8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterConfig(CompressionConfig):
+    """The configuration of an adapter as a later version may extend it."""
+
+    later_setting: int = 0
+
+
+def test_a_setting_added_later_changes_the_fingerprint_only_where_it_is_used(model, monkeypatch):
+    monkeypatch.setitem(ADAPTER_CONFIGS, "compression", LaterConfig)
+    state, fingerprint = model.state_dict(), adapter_fingerprint(model.config, model.state_dict())
+    later = LaterConfig(**to_dict(model.config.adapter))
+    assert adapter_fingerprint(replace(model.config, adapter=later), state) == fingerprint
+    used = replace(later, later_setting=1)
+    assert adapter_fingerprint(replace(model.config, adapter=used), state) != fingerprint

@@ -222,3 +222,9 @@ def test_an_unknown_public_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="no attribute 'Rerankers'"):
         models.Rerankers  # noqa: B018
+
+
+def test_the_committed_checkpoint_finds_its_backbone_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reranker = Reranker.from_pretrained(ROOT / "configs" / "pretrained" / "scenes", dtype="float32")
+    assert reranker.backbone.fingerprint == reranker.model.config.backbone_fingerprint

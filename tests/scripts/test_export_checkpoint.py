@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from models.checkpoints.checkpoint import CARD_FILE, write_latest
+from models.checkpoints.checkpoint import CARD_FILE, read_config, write_config, write_fusion, write_latest
+from models.checkpoints.hub import upload_checkpoint
+from models.config import BackboneConfig
 from models.edje import EDJE
 from models.errors import UserError
+from models.reranker import Reranker
 from models.vision.backbones import Backbone
 from scripts.export_checkpoint import export_checkpoint
 from tests.processes import ROOT, run_script
@@ -100,3 +104,32 @@ def test_a_wrong_source_is_one_line_and_exit_code_2(tmp_path):
     result = run_script("scripts/export_checkpoint.py", tmp_path / "none", "--out", tmp_path / "copy")
     assert result.returncode == 2
     assert str(tmp_path / "none") in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_backbone_beside_the_copy_is_found_from_any_working_directory(tmp_path, run, monkeypatch):
+    with pytest.raises(UserError, match=r"../clips: no such file or directory as seen from .*shared/tiny"):
+        export_checkpoint(run, tmp_path / "shared" / "tiny", "../clips")
+    assert not (tmp_path / "shared").exists()
+    export_checkpoint(run, tmp_path / "shared" / "tiny", "../../clip")
+    (tmp_path / "moved").mkdir()
+    for name in ("shared", "clip"):
+        shutil.move(tmp_path / name, tmp_path / "moved" / name)
+    monkeypatch.chdir(tmp_path)
+    assert Reranker.from_pretrained(Path("moved", "shared", "tiny")).backbone.dims.num_patches == 16
+    with pytest.raises(UserError, match=r"backbone.pretrained is ../../clip, which nobody else has"):
+        upload_checkpoint(tmp_path / "moved" / "shared" / "tiny", "owner/tiny")
+
+
+def test_a_fusion_weight_leaves_the_backbones_path_relative(tmp_path, run):
+    export_checkpoint(run, tmp_path / "copy", "../clip")
+    write_fusion(tmp_path / "copy", 3.0, "val")
+    config = read_config(tmp_path / "copy")
+    assert (config.backbone.pretrained, config.fusion_lambda, config.fusion_split) == ("../clip", 3.0, "val")
+
+
+def test_a_path_from_the_working_directory_still_loads_where_older_exports_wrote_one(tmp_path, run, monkeypatch):
+    export_checkpoint(run, tmp_path / "deep" / "er" / "copy")
+    config = read_config(tmp_path / "deep" / "er" / "copy")
+    write_config(tmp_path / "deep" / "er" / "copy", replace(config, backbone=BackboneConfig(pretrained="../clip")))
+    monkeypatch.chdir(tmp_path / "run")
+    assert Reranker.from_pretrained(tmp_path / "deep" / "er" / "copy").backbone.dims.num_patches == 16

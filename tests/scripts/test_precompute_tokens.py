@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import models.stores.indexing
-from models.config import AdapterConfig
+from models.config import LocalConfig
 from models.edje import EDJE
 from models.errors import UserError
 from models.stores.indexing import precompute, precompute_captions
@@ -31,7 +31,7 @@ def files(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("precompute")
     backbone = Backbone.load(write_backbone(root / "backbone"), precision="float32")
     make_model(backbone, root / "vocab.txt").save_pretrained(root / "checkpoint")
-    local = make_model(backbone, root / "vocab.txt", adapter=AdapterConfig(kind="local", mlp_width=16))
+    local = make_model(backbone, root / "vocab.txt", adapter=LocalConfig(mlp_width=16))
     local.save_pretrained(root / "local")
     names = write_images(root / "images", 150)
     images = [

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from data.batches import random_stream
 from data.caption_datasets import CaptionDataset
 from data.neighbours import CaptionKeys
-from models.config import AdapterConfig, BackboneConfig, BackboneDims, EDJEConfig, EncoderConfig
+from models.config import ADAPTER_CONFIGS, BackboneConfig, BackboneDims, EDJEConfig, EncoderConfig
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
@@ -54,7 +54,7 @@ def build(tokenizer, kind="compression", residual=0.0) -> EDJE:
     config = EDJEConfig(
         backbone=BackboneConfig(),
         dims=BackboneDims(num_patches=9, patch_width=12, embedding_width=10),
-        adapter=AdapterConfig(kind=kind, num_tokens=3, mlp_width=20, num_heads=2),
+        adapter=ADAPTER_CONFIGS[kind](num_tokens=3, mlp_width=20, num_heads=2),
         encoder=encoder,
         residual_similarity=residual,
     )
