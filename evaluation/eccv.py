@@ -5,7 +5,7 @@ COCO calls one image right for a caption, though many others fit it too. ECCV Ca
 install eccv-caption`, on our rankings. It knows images and captions by COCO's numbers, so the annotation file must have
 them: `cocoid` and each sentence's `sentid` in Karpathy's dataset_coco.json. BLIP's and ALBEF's lists have none.
 
-Karpathy's test split has 25,010 captions, the package's 25,000, five an image: the other ten are left out of the
+Karpathy's test split has 25,010 captions, the package's 25,000, five per image: the other ten are left out of the
 rankings, as ECCV Caption's own rankings do not have them, and as queries.
 """
 

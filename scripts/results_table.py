@@ -3,7 +3,7 @@
 Mean and spread over the seeds of one experiment:
     python scripts/results_table.py benchmarks/results/demo/seed*.json
     python scripts/results_table.py --subsets benchmarks/results/emoji_frozen/seed*.json
-R@1 of several experiments, a row per folder of seeds and direction:
+R@1 of several experiments, runs or folders of seeds:
     python scripts/results_table.py --compare benchmarks/results/demo benchmarks/results/emoji_frozen
 The paper's tables (benchmarks/results/paper.json), with ours from every results.json below a folder:
     python scripts/results_table.py --paper runs
@@ -58,12 +58,10 @@ def check_one_experiment(records: Sequence[EvaluationRecord], with_subsets: bool
 
 
 def comparison(folders: Sequence[Path]) -> str:
-    """R@1 of experiments side by side: each is a folder of seeds, seed*.json, and named by the folder."""
+    """R@1 of experiments side by side: each is a folder, of one run or of seeds, and named by the folder."""
     rows = [["", "", "images", "seeds", *COLUMN_TITLES.values(), "gain of the last [95%]"]]
     for folder in folders:
-        seeds = [read_results(path) for path in sorted(folder.glob("seed*.json"))]
-        if not seeds:
-            raise UserError(f"{folder}: no seed*.json in it; give folders of results.json files, one per seed")
+        seeds = [read_results(path) for path in results_in(folder)]
         check_one_experiment(seeds, with_subsets=False)
         columns = columns_of(*(seed.figures for seed in seeds))
         for direction, title in DIRECTION_TITLES.items():
@@ -73,6 +71,16 @@ def comparison(folders: Sequence[Path]) -> str:
             counts = [f"{seeds[0].images:,}", str(len(seeds))]
             rows.append([folder.name, title, *counts, *cells, gain_text(parts, columns[-1])])
     return aligned(rows)
+
+
+def results_in(folder: Path) -> list[Path]:
+    """The results of an experiment: seed*.json, as records are kept; seed*/results.json, as scripts/ablate.py leaves
+    them; or a run's own results.json. Raises UserError where there are none."""
+    found = sorted(folder.glob("seed*.json")) or sorted(folder.glob("seed*/results.json"))
+    found = found or [path for path in [folder / "results.json"] if path.is_file()]
+    if not found:
+        raise UserError(f"{folder}: no results.json, seed*/results.json or seed*.json in it; give the folder of a run")
+    return found
 
 
 def paper_tables(folder: Path) -> str:

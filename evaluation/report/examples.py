@@ -44,7 +44,7 @@ class Example:
 
 def pick_examples(direction: DirectionResults, column: str, helped: bool, count: int) -> list[Example]:
     """The queries that `column` helped most (its first is right, and was ranked lowest before), or hurt most (its
-    first was right, and is ranked lowest now). One query an image; fewer than `count` where there are no more."""
+    first was right, and is ranked lowest now). One query per image; fewer than `count` where there are no more."""
     before, after = (first_right_rank(direction.hits(name)) for name in ("embedding", column))
     best, other = (after, before) if helped else (before, after)
     candidates = np.flatnonzero((best == 0) & (other > 0) & (other < direction.k))

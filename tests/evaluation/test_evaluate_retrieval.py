@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -96,6 +97,7 @@ def test_a_runs_own_data_is_evaluated_and_every_file_written(run, tmp_path, caps
         *(f"run.{direction}.{column}.trec" for direction in ("t2i", "i2t") for column in ("embedding", "reranked")),
     }
     assert "Training" in (tmp_path / "report.html").read_text()
+    assert read(tmp_path)["provenance"]["machine"]["cores"] == os.cpu_count()
 
 
 def test_without_out_the_results_lie_in_the_run(run):

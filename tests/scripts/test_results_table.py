@@ -74,6 +74,15 @@ def test_experiments_stand_side_by_side():
     )
 
 
+def test_experiments_are_runs_folders_of_seeds_or_records(tmp_path):
+    write(tmp_path, "one", result(61.0))
+    for seed, recall in enumerate((62.0, 64.0)):
+        write(tmp_path, f"several/seed{seed}", result(recall))
+    rows = cells(comparison([tmp_path / "one", tmp_path / "several"]))[2:]
+    assert [row[0] for row in rows] == ["one", "one", "several", "several"]
+    assert [row[3] for row in rows] == ["1", "1", "2", "2"] and rows[0][5] == "61.0" and rows[2][5] == "63.0 ± 1.4"
+
+
 def test_a_record_is_written_as_it_was_read():
     for path in SEEDS:
         document = json.loads(path.read_text())
@@ -260,7 +269,7 @@ def test_the_command_prints_the_papers_tables_and_refuses_an_empty_folder(tmp_pa
     for arguments, problem in (
         (("--paper", tmp_path / "empty"), "no results.json in it"),
         ((), "or --paper DIR"),
-        (("--compare", tmp_path / "empty"), "no seed"),
+        (("--compare", tmp_path / "empty"), "no results.json, seed"),
     ):
         ended = run_script(SCRIPT, *arguments)
         assert ended.returncode == 2 and problem in ended.stderr and "Traceback" not in ended.stderr

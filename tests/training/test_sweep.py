@@ -10,17 +10,18 @@ from training.config import RunConfig, load_config
 from training.sweep import read_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SWEEPS = [CONFIGS / "ablations.yaml", CONFIGS / "demo_ablations.yaml"]
+SWEEPS = {"ablations.yaml": "pretrain_siglip2_l16.yaml", "demo_ablations.yaml": "demo.yaml"}
+"""And the config that each starts from."""
 RUNS = Path("runs/ablations")
 
 
 @pytest.mark.parametrize(
-    ("path", "variant"), [(path, variant) for path in SWEEPS for variant in read_sweep(path).variants]
+    ("name", "variant"), [(name, variant) for name in SWEEPS for variant in read_sweep(CONFIGS / name).variants]
 )
-def test_every_variant_is_a_run(path, variant):
-    config = from_dict(RunConfig, read_sweep(path).variants[variant].config(RUNS), where=variant)
-    base = load_config(CONFIGS / {"ablations": "pretrain_siglip2_l16.yaml", "demo_ablations": "demo.yaml"}[path.stem])
-    assert config.backbone == base.backbone
+def test_every_variant_is_a_run_over_its_base(name, variant):
+    config = from_dict(RunConfig, read_sweep(CONFIGS / name).variants[variant].config(RUNS), where=variant)
+    base = load_config(CONFIGS / SWEEPS[name])
+    assert (config.backbone, config.data, config.seed) == (base.backbone, base.data, base.seed)
 
 
 def sweep(tmp_path: Path, variants: str, base: str = "seed: 3\ntraining: {steps: 5, lr: 0.1}\n") -> Path:
