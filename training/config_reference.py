@@ -76,7 +76,7 @@ def sections(config: DataclassInstance, name: str = "", meaning: str = "") -> It
 
 def field_docstrings(cls: type) -> dict[str, str]:
     """The string under each field of a dataclass and of its bases, as one paragraph; none: left out."""
-    found = {}
+    found: dict[str, str] = {}
     for base in cls.__mro__[-2:0:-1]:
         found |= field_docstrings(base)
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]

@@ -96,7 +96,7 @@ class _Settings:
     base_max_positions: int | None = None
     """Rows before the published code lengthened the table."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_patches", "patch_width", "adapter_heads", "hidden_size", "encoder_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"'{name}' is {getattr(self, name)}; it must be at least 1")
@@ -325,9 +325,8 @@ def _infer_config(tensors: dict[str, Tensor], settings: _Settings, file: Path) -
 
     kind = _adapter_kind(tensors)
     fc1 = f"vision_projection.{'0' if kind == 'local' else 'mlp.fc1'}.weight"
+    num_tokens = size("vision_projection.query", 1, of=3) if kind == "compression" else None
     found = {
-        "adapter_kind": kind,
-        "num_tokens": size("vision_projection.query", 1, of=3) if kind == "compression" else None,
         "mlp_width": size(fc1, 0),
         "patch_width": size(fc1, 1),
         "embedding_width": size("text_projection.weight", 0),
@@ -338,22 +337,22 @@ def _infer_config(tensors: dict[str, Tensor], settings: _Settings, file: Path) -
         "type_vocab_size": size(TYPES, 0),
         "max_positions": size(POSITIONS, 0),
     }
-    _check_sizes(found, settings, file)
-    num_tokens = {"num_tokens": found["num_tokens"]} if kind == "compression" else {}
+    _check_sizes({"adapter_kind": kind, "num_tokens": num_tokens, **found}, settings, file)
     try:
         adapter = ADAPTER_CONFIGS[kind](
             mlp_width=found["mlp_width"],
             num_heads=settings.adapter_heads,
             activation=settings.activation,
             layer_norm_eps=settings.adapter_eps,
-            **num_tokens,
         )
+        if num_tokens is not None:
+            adapter = replace(adapter, num_tokens=num_tokens)
         dims = BackboneDims(
             num_patches=settings.num_patches,
             patch_width=found["patch_width"],
             embedding_width=found["embedding_width"],
         )
-        longest = CAPTION_TOKENS + (found["num_tokens"] or settings.num_patches)
+        longest = CAPTION_TOKENS + (num_tokens or settings.num_patches)
         encoder = _encoder_config(found, settings, longest)
         return EDJEConfig(backbone=settings.backbone, dims=dims, adapter=adapter, encoder=encoder)
     except UserError as error:
@@ -380,7 +379,7 @@ def _check_sizes(found: dict[str, Any], settings: _Settings, file: Path) -> None
         )
 
 
-def _encoder_config(found: dict[str, Any], settings: _Settings, longest: int) -> EncoderConfig:
+def _encoder_config(found: dict[str, int], settings: _Settings, longest: int) -> EncoderConfig:
     """longest: tokens of the longest joint input. The published code lengthens a table that is shorter."""
     return EncoderConfig(
         vocab_size=found["vocab_size"],

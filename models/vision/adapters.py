@@ -75,7 +75,8 @@ class _CompressionBlock(nn.Module):
         with torch.autocast(patches_BPD.device.type, enabled=False):  # products of weights in full
             weight = torch.cat([weight_k @ self.key.weight, weight_v @ self.value.weight])
             bias = torch.cat([weight_k @ self.key.bias + bias_k, weight_v @ self.value.bias + bias_v])
-        return F.linear(query_BMD, weight_q, bias_q), *F.linear(patches_BPD, weight, bias).chunk(2, dim=-1)
+        keys_BPD, values_BPD = F.linear(patches_BPD, weight, bias).chunk(2, dim=-1)
+        return F.linear(query_BMD, weight_q, bias_q), keys_BPD, values_BPD
 
 
 class _FurtherBlock(_CompressionBlock):

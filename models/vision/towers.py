@@ -44,7 +44,7 @@ class TokenTower(nn.Module):
         self.pixel_shape: tuple[int, int, int] = preprocessing["input_size"]
         self.preprocess = create_transform(**preprocessing, is_training=False)
         side, digest = self.pixel_shape[1], short_hash(preprocessing)
-        self.fingerprint = f"{trunk.pretrained_cfg['architecture']}/{weights} {side}px-{digest}"
+        self.fingerprint = f"{_timm_config(trunk)['architecture']}/{weights} {side}px-{digest}"
 
     @classmethod
     def load(cls, config: BackboneConfig) -> TokenTower:
@@ -59,7 +59,7 @@ class TokenTower(nn.Module):
             return maps_to_tokens(stage_maps(self.trunk, pixels, self.stages)[1], self.grid)
         if not hasattr(self.trunk, "num_prefix_tokens"):
             raise AssertionError(f"{type(self.trunk).__name__} does not say which of its tokens are patches")
-        tokens = self.trunk.forward_features(pixels)
+        tokens = self.trunk.forward_features(pixels)  # type: ignore[operator]  # timm's models are plain modules to mypy
         if not isinstance(tokens, Tensor) or tokens.ndim != 3:
             raise AssertionError("the tower gives no sequence of tokens")
         tokens = tokens[:, self.trunk.num_prefix_tokens :]
@@ -107,17 +107,24 @@ def _create(name: str, where: str, **options: Any) -> nn.Module:
 
 def _with_weights(trunk: nn.Module, file: Path) -> tuple[nn.Module, str]:
     """The trunk with the weights of a .safetensors file in timm's naming, whose classifier is left out."""
-    classifiers = trunk.pretrained_cfg.get("classifier") or ()
+    classifiers = _timm_config(trunk).get("classifier") or ()
     heads = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
     state = {name: tensor for name, tensor in read_safetensors(file).items() if not name.startswith(heads)}
     load_state(trunk, state, where=file)
     return trunk, weights_hash(trunk)
 
 
+def _timm_config(trunk: nn.Module) -> dict[str, Any]:
+    """What timm knows of the tower's weights: architecture, input size, names of the classifier's layers."""
+    config = trunk.pretrained_cfg
+    assert isinstance(config, dict)
+    return config
+
+
 def stage_maps(trunk: nn.Module, pixels: Tensor, stages: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """A timm tower's last features, and the maps [B, channels, height, width] of the chosen stages."""
     pixels = pixels.contiguous(memory_format=torch.channels_last)  # convolutions run 1.8 times as fast on a CPU
-    return trunk.forward_intermediates(pixels, indices=list(stages))
+    return trunk.forward_intermediates(pixels, indices=list(stages))  # type: ignore[operator]  # timm's own method
 
 
 def maps_to_tokens(maps: list[Tensor], grid: int) -> Tensor:
