@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data.caption_datasets import CaptionDataset
+from models.config import check_backbone
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
@@ -110,11 +111,8 @@ def _check_backbone(
         raise UserError("an evaluation without backbone needs a token store and a caption store; give both")
     # An imported checkpoint records no fingerprint; backbone and stores must then at least agree.
     expected = model.config.backbone_fingerprint or found
-    if backbone is not None and found != expected:
-        raise UserError(
-            f"the backbone is {found}, the checkpoint was trained with {expected}; "
-            "evaluate with the backbone that the checkpoint names"
-        )
+    if backbone is not None:
+        check_backbone(model.config, backbone)
     if store is not None:
         compressed = bool(store.manifest.adapter)
         store.check(backbone=expected, adapter=model.adapter_fingerprint if compressed else None)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from .errors import UserError
 
@@ -286,3 +287,30 @@ class EDJEConfig:
     def num_vision_tokens(self) -> int:
         """m: vision tokens per image in the joint input."""
         return self.adapter.num_vision_tokens(self.dims)
+
+
+class FeatureSource(Protocol):
+    """What gives patch tokens and embeddings: a backbone, or stores that it made."""
+
+    @property
+    def dims(self) -> BackboneDims: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+def check_backbone(config: EDJEConfig, source: FeatureSource, where: str | Path = "the checkpoint") -> None:
+    """Raise UserError, naming both, if the model of `config` was trained on another backbone than the source's.
+
+    where: what the message calls the model. An imported checkpoint records no fingerprint; its sizes must agree."""
+    expected = config.backbone_fingerprint
+    if expected and source.fingerprint != expected:
+        raise UserError(
+            f"{where} was trained with backbone {expected}, this one is {source.fingerprint}; "
+            "use the backbone that the checkpoint names"
+        )
+    if source.dims != config.dims:
+        raise UserError(
+            f"{where} was trained on features of {config.dims}, these are {source.dims}; "
+            "use the backbone that the checkpoint names"
+        )

@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import BackboneConfig
+from .config import BackboneConfig, check_backbone
 from .distributed import pick_device
 from .edje import EDJE
 from .encoder.joint_encoder import pairs_at_once
 from .errors import UserError
 from .precision import resolve_precision
-from .stores.indexing import ImageSource, check_backbone, find_images, precompute, read_images
+from .stores.indexing import ImageSource, find_images, precompute, read_images
 from .stores.token_store import TokenStore
 from .vision.backbones import Backbone
 from .vision.images import ImageError
@@ -51,7 +51,7 @@ class Reranker:
         """dtype: of the joint encoder's matrix products, by default the fastest that the device has.
 
         Raises UserError naming both if the model was trained with another backbone."""
-        check_backbone(model, backbone)
+        check_backbone(model.config, backbone)
         self.model, self.backbone = model.optimized(dtype), backbone
         self.store: TokenStore | None = None
         self._adapter = self.model.adapter_fingerprint

@@ -17,7 +17,7 @@ import yaml
 
 from models.config import AdapterConfig, BackboneConfig, CompressionConfig, EncoderConfig
 from models.config_io import from_dict, to_dict
-from models.errors import UserError
+from models.errors import UserError, one_line
 from models.files import write_atomically
 
 
@@ -339,7 +339,7 @@ def read_with_base(path: Path, seen: tuple[Path, ...] = (), inherit: bool = True
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not YAML: {one_line(error)}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds {type(data).__name__}; expected a mapping of keys to values")
     base = data.pop("base", None) if inherit else None

@@ -25,7 +25,7 @@ from evaluation.results import choose_lambda
 from models.checkpoints.checkpoint import read_latest, write_checkpoint_files, write_latest
 from models.distributed import DistributedContext
 from models.edje import EDJE
-from models.errors import UserError
+from models.errors import UserError, one_line
 from models.files import atomic_directory
 
 from .config import RunConfig, TrainingConfig, save_config
@@ -107,7 +107,7 @@ class Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, most=200)
             raise UserError(
                 f"{path}: cannot be loaded ({reason}); remove {latest} and its LATEST to start over"
             ) from error

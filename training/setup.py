@@ -20,7 +20,7 @@ from data.caption_datasets import CaptionDataset, load_annotations, read_field
 from data.json_documents import is_list
 from data.neighbours import CaptionKeys
 from data.webdataset_shards import load_shards
-from models.config import FORMER_ADAPTER_KEYS, EDJEConfig, EncoderConfig
+from models.config import FORMER_ADAPTER_KEYS, EDJEConfig, EncoderConfig, check_backbone
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
@@ -195,19 +195,6 @@ def refuse_contradictions(config: RunConfig, brought: Mapping[str, object], wher
 def _given_positions(config: RunConfig) -> int:
     """encoder.max_positions where it was asked for, else 0."""
     return config.model.encoder.max_positions if "model.encoder.max_positions" in config.given else 0
-
-
-def check_backbone(saved: EDJEConfig, features: Features, where: str | Path) -> None:
-    """Raise UserError, naming both, if a checkpoint was made on another backbone than the run's features.
-
-    An imported checkpoint records no fingerprint; its sizes are all that can be compared."""
-    if saved.dims != features.dims:
-        raise UserError(f"{where}: was trained on features of {saved.dims}, this run's are {features.dims}")
-    if saved.backbone_fingerprint not in ("", features.fingerprint):
-        raise UserError(
-            f"{where}: was trained on backbone {saved.backbone_fingerprint}, this run's features come from "
-            f"{features.fingerprint}; use the same backbone"
-        )
 
 
 def load_teacher(config: RunConfig, features: Features, model: EDJE, distributed: DistributedContext) -> EDJE | None:

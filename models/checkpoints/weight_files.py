@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..state_dicts import read_safetensors
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -58,7 +58,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "save its state dict alone, best as .safetensors"
         ) from error
     except Exception as error:  # a damaged archive fails in many ways
-        raise UserError(f"{file}: truncated or damaged ({' '.join(str(error).split())}); fetch it again") from error
+        raise UserError(f"{file}: truncated or damaged ({one_line(error)}); fetch it again") from error
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
         raise UserError(f"{file}: no state dict in it; expected names with tensors, or these under 'model'")

@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import write_atomically
 from .pretrained import resolve_pretrained
 
@@ -157,7 +157,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         # Not splitlines(): vocabularies hold Unicode line separators as pieces.
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except Exception as error:  # `tokenizers` raises bare Exception for a damaged file
-        raise UserError(f"{path}: not readable as a tokenizer ({error}); restore the file") from error
+        raise UserError(f"{path}: not readable as a tokenizer ({one_line(error)}); restore the file") from error
     vocab = {line.rstrip("\r"): number for number, line in enumerate(lines)}
     if len(vocab) != len(lines):
         raise UserError(f"{path}: {len(lines) - len(vocab)} repeated lines; each line is one word piece")
@@ -177,9 +177,8 @@ def _download_tokenizer(name: str) -> Tokenizer:
     try:
         backend = AutoTokenizer.from_pretrained(name).backend_tokenizer
     except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).split("\n")[0]
         raise UserError(
-            f"tokenizer {name!r} could not be loaded from the Hugging Face hub ({reason}); pass a directory"
+            f"tokenizer {name!r} could not be loaded from the Hugging Face hub ({one_line(error)}); pass a directory"
         ) from error
     return Tokenizer.from_str(backend.to_str())
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import EncoderConfig
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 _PACKAGE = "package:"
 
@@ -87,6 +87,6 @@ def _from_hugging_face(loader: Any, name: str, **options: Any) -> Any:
         return loader.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name}: no pretrained BERT there ({str(error).splitlines()[0]}); give a directory with config.json and "
+            f"{name}: no pretrained BERT there ({one_line(error)}); give a directory with config.json and "
             "model.safetensors, a Hugging Face name, or package:NAME/FOLDER"
         ) from error

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..config import check_backbone
 from ..distributed import DistributedContext
 from ..errors import UserError
 from ..matching import MatchPass
@@ -44,16 +45,6 @@ def find_images(folder: str | Path) -> list[str]:
     if not found:
         raise UserError(f"{folder}: no images in it; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
     return found
-
-
-def check_backbone(model: MatchPass, backbone: Backbone) -> None:
-    """Raises UserError naming both if `model` was trained with the tokens of another backbone."""
-    expected = model.config.backbone_fingerprint
-    if expected and backbone.fingerprint != expected:
-        raise UserError(
-            f"the checkpoint was trained with backbone {expected}, this one is {backbone.fingerprint}; "
-            "use the backbone that the checkpoint names"
-        )
 
 
 def precompute(
@@ -125,7 +116,7 @@ def image_store_writer(
     dims = backbone.dims
     tokens_per_item, width, adapter = dims.num_patches, dims.patch_width, ""
     if model is not None:
-        check_backbone(model, backbone)
+        check_backbone(model.config, backbone)
         tokens_per_item, width = model.config.num_vision_tokens, model.config.encoder.hidden_size
         adapter = model.adapter_fingerprint
     return TokenStoreWriter(

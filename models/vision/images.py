@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 
 class ImageError(UserError):
@@ -45,11 +45,11 @@ def open_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
     except FileNotFoundError:
         raise ImageError(f"{name}: no such image file; check the data root and the file name") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name}: image is over the size limit ({error}); shrink it before use") from None
+        raise ImageError(f"{name}: image is over the size limit ({one_line(error)}); shrink it before use") from None
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not an image that Pillow can read; replace or remove it") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{name}: image cannot be decoded ({error}); replace or remove it") from None
+        raise ImageError(f"{name}: image cannot be decoded ({one_line(error)}); replace or remove it") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

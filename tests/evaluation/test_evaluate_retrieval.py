@@ -259,5 +259,5 @@ def test_another_backbone_is_refused(run, tmp_path, annotations, scenes):
     for name in ("model.safetensors", "tokenizer.json"):
         (other / name).symlink_to(run / "checkpoints" / "step-00000007" / name)
     write_config(other, config)
-    with pytest.raises(UserError, match="trained with vit/another"):
+    with pytest.raises(UserError, match="trained with backbone vit/another, this one is open_clip/"):
         evaluate("--checkpoint", other, "--dataset", annotations, "--data-root", scenes)
