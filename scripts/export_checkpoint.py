@@ -23,11 +23,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import EvalResult
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.figures import EvaluationRecord, read_results
+from evaluation.metrics import RECALL_DEPTHS
 from evaluation.model_record import annotation_files, read_run_config, run_directory
+from evaluation.tables import COLUMN_TITLES, DIRECTION_TITLES
 from models.checkpoints.checkpoint import (
     is_relative_to_checkpoint,
     located_from,
@@ -37,7 +40,7 @@ from models.checkpoints.checkpoint import (
     write_checkpoint,
 )
 from models.checkpoints.hub import upload_checkpoint
-from models.checkpoints.model_card import LICENSE, model_card
+from models.checkpoints.model_card import LICENSE, PIPELINE_TAG, model_card
 from models.config import BackboneConfig
 from models.errors import UserError, run_entry_point
 from models.state_dicts import half_precision
@@ -69,16 +72,17 @@ def export_checkpoint(
             raise UserError(f"{checkpoint}: {key} has values that float16 cannot hold; it cannot be exported")
     backbone = _renamed(config.backbone, backbone_pretrained, token_pretrained, out)
     config = replace(config, backbone=backbone)
-    measured = _measured(results or _results_of(run, checkpoint), checkpoint)
+    records = _measured(results or _results_of(run, checkpoint), checkpoint)
     datasets, base_models = _origin(run)
     card = model_card(
         config,
         name or out.name,
-        measured,
+        _tables(records),
         datasets=datasets,
         base_models=base_models,
         weights=weights_fingerprint(half),
         license=license,
+        results=[result for record in records for result in _hub_results(record)],
     )
     write_checkpoint(out, config, half, tokenizer, card)
     return checkpoint
@@ -108,15 +112,41 @@ def _is_of(record: EvaluationRecord, checkpoint: Path) -> bool:
     return Path(record.checkpoint).name == checkpoint.name
 
 
-def _measured(files: Sequence[Path], checkpoint: Path) -> list[str]:
-    """A table for each evaluation; the data set by its file's name, without this machine's folders."""
-    tables = []
+def _measured(files: Sequence[Path], checkpoint: Path) -> list[EvaluationRecord]:
+    """The evaluations; the data set by its file's name, without this machine's folders."""
+    records = []
     for file in files:
         record = read_results(file)
         if not _is_of(record, checkpoint):
             raise UserError(f"{file}: measured {record.checkpoint}, not {checkpoint}; evaluate this checkpoint")
-        tables.append(table([replace(record, dataset=Path(record.dataset).name)], with_subsets=False))
+        records.append(replace(record, dataset=Path(record.dataset).name))
+    return records
+
+
+def _tables(records: Sequence[EvaluationRecord]) -> list[str]:
+    tables = [table([record], with_subsets=False) for record in records]
     return tables and [*tables, "Measured with the run's own weights, before they were rounded to float16."]
+
+
+def _hub_results(record: EvaluationRecord) -> list[EvalResult]:
+    """Every recall as an entry of the Hub's model index, in percent."""
+    name = Path(record.dataset).stem.removeprefix("dataset_")
+    return [
+        EvalResult(
+            task_type=PIPELINE_TAG,
+            task_name=f"{DIRECTION_TITLES[direction]} reranking, k = {record.k}",
+            dataset_type=_NO_NAME.sub("-", name).strip("-.").lower(),
+            dataset_name=name,
+            dataset_split=record.split,
+            metric_type="recall",
+            metric_name=f"R@{depth}, {COLUMN_TITLES[column]}",
+            metric_value=round(figures.metrics[f"R@{depth}"], 2),
+        )
+        for direction, part in record.figures.directions().items()
+        for column, figures in part.columns.items()
+        for depth in RECALL_DEPTHS
+        if f"R@{depth}" in figures.metrics
+    ]
 
 
 def _origin(run: Path) -> tuple[list[str], list[str]]:

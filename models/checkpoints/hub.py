@@ -68,16 +68,19 @@ def upload_checkpoint(
                 f"{directory}: backbone.{key} is {named}, which nobody else has; export it under a "
                 f"name that others can load (scripts/export_checkpoint.py {option} NAME)"
             )
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
 
     api = HfApi()
-    operations = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=directory / file) for file in files]
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.create_commit(
-            repo_id, operations=operations, commit_message="Upload EDJE checkpoint", revision=revision
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=directory,
+            allow_patterns=files,
+            commit_message="Upload EDJE checkpoint",
+            revision=revision,
         )
     except Exception as error:  # noqa: BLE001 - of huggingface_hub and of the HTTP library of its version
         raise UserError(

@@ -12,9 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from ..config import BackboneConfig, EDJEConfig
 
@@ -77,25 +76,29 @@ def model_card(
     base_models: Sequence[str] = (),
     weights: str = "",
     license: str | None = LICENSE,
+    results: Sequence[EvalResult] = (),
 ) -> str:
     """The text of README.md. `measured`: Markdown tables of evaluations; none: the card says that it has none.
 
+    results: the same figures for programs, as the Hub shows and searches them.
     datasets: what it was trained on; base_models: Hub names of what it started from, beside the backbone that the
     config names. weights: their fingerprint, by which a card is known to belong to a model. license: of the weights,
     by the Hub's name; None: not known, and left out."""
     backbone, encoder = config.backbone, config.encoder
     repository = BACKBONE_REPOSITORIES.get((backbone.name, backbone.pretrained))
-    metadata: dict[str, Any] = {
-        "license": license,
-        "library_name": "edje",
-        "pipeline_tag": PIPELINE_TAG,
-        "base_model": [*([repository] if repository else []), *base_models],
-        "datasets": list(datasets),
-        "metrics": ["recall"] if measured else [],
-        "tags": list(TAGS),
-    }
+    metadata = ModelCardData(
+        license=license,
+        library_name="edje",
+        pipeline_tag=PIPELINE_TAG,
+        base_model=[*([repository] if repository else []), *base_models] or None,
+        datasets=list(datasets) or None,
+        metrics=["recall"] if measured else None,
+        tags=list(TAGS),
+        model_name=name,
+        eval_results=list(results) or None,
+    )
     return _CARD.format(
-        metadata=yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False),
+        metadata=f"{metadata.to_yaml()}\n",
         name=name,
         layers=encoder.num_layers,
         tokens=config.num_vision_tokens,
@@ -109,11 +112,13 @@ def model_card(
 
 
 def renamed(card: str, name: str) -> str:
-    """A card for the same weights under another name: title and code example."""
+    """A card for the same weights under another name: title, code example, and the metadata's entry of its figures."""
     old = re.search(r'from_pretrained\("([^"]+)"\)', card)
     if old is None:
         return card
-    return card.replace(old[0], f'from_pretrained("{name}")').replace(f"\n# {old[1]}\n", f"\n# {name}\n")
+    for form in ('from_pretrained("{}")', "\n# {}\n", "\n- name: {}\n"):
+        card = card.replace(form.format(old[1]), form.format(name))
+    return card
 
 
 def _fingerprint(backbone: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from models.checkpoints.checkpoint import CARD_FILE, read_config, write_config, write_fusion, write_latest
@@ -71,6 +72,15 @@ def test_the_card_has_the_runs_figures_of_this_checkpoint_and_no_other(tmp_path,
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["datasets"], front["base_model"]) == (["coco_train"], ["microsoft/MiniLM-L12"])
     assert front["metrics"] == ["recall"]
+    found = ModelCard(card).data
+    assert found.model_name == "copy" and len(found.eval_results) == 2 * 2 * 3 * 3, "evaluations, directions, columns"
+    recall = {
+        (r.task_name, r.metric_name, r.metric_value)
+        for r in found.eval_results
+        if r.dataset_name == "coco_karpathy_test"
+    }
+    assert ("text to image reranking, k = 10", "R@1, EDJE, match logit alone", 61.25) in recall
+    assert {r.dataset_split for r in found.eval_results} == {"test"}
     config = {"data": {"annotations": ["lists/cc3m.json", "lists/my data (v1).json"]}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     export_checkpoint(run, tmp_path / "from_lists")
