@@ -20,7 +20,7 @@ import logging
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -45,9 +45,7 @@ from models.edje import EDJE
 from models.errors import UserError, run_entry_point
 from models.precision import dtype_name, resolve_precision
 from models.stores.token_store import TokenStore
-
-if TYPE_CHECKING:
-    from models.vision.backbones import Backbone
+from models.vision.backbones import Backbone
 
 
 @dataclass(frozen=True)
@@ -192,8 +190,6 @@ class Evaluator:
         dtype = distributed.agree(resolve_precision(arguments.precision, distributed.device))
         backbone = None
         if store is None or caption_store is None:
-            from models.vision.backbones import Backbone  # open_clip takes seconds to import
-
             config = model.config.backbone
             if arguments.backbone:
                 config = replace(config, pretrained=arguments.backbone)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,12 +23,10 @@ from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
 from models.stores.token_store import TokenStore
+from models.vision.backbones import Backbone
 from models.vision.images import open_image
 
 from .blocks import Stopwatch, blocks, own_blocks, progress_bar, run_blocks, share_blocks
-
-if TYPE_CHECKING:
-    from models.vision.backbones import Backbone
 
 IMAGES_PER_BLOCK = 32
 CAPTIONS_PER_BLOCK = 256

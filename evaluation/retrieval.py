@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,14 +27,12 @@ from models.language.captions import CaptionIds
 from models.matching import MatchPass
 from models.precision import dtype_name, fastest_dtype
 from models.stores.token_store import TokenStore
+from models.vision.backbones import Backbone
 
 from .blocks import Stopwatch, blocks, own_blocks, progress_bar, run_blocks
 from .gallery import Gallery, build_gallery
 from .metrics import RECALL_DEPTHS
 from .results import DirectionResults, Results
-
-if TYPE_CHECKING:
-    from models.vision.backbones import Backbone
 
 QUERIES_PER_BLOCK = 256
 DIRECTIONS = ("t2i", "i2t")

@@ -38,7 +38,7 @@ from models.language.captions import build_vocabulary
 from models.language.pretrained import resolve_pretrained
 from models.precision import fastest_dtype
 from models.state_dicts import half_precision, write_safetensors
-from models.vision.backbones import CONFIG_FILE, WEIGHTS_FILE, OpenClipModel, load_directory
+from models.vision.open_clip_backbone import CONFIG_FILE, WEIGHTS_FILE, OpenClipModel, load_directory
 from training.embedder.samples import Samples, load_samples, normalise
 from training.embedder.training import EmbedderConfig, EmbedderTraining, Progress
 

@@ -18,8 +18,9 @@ from data.caption_datasets import load_annotations
 from data.scenes.dataset import write_scenes
 from models.config import BackboneConfig
 from models.stores.token_store import TokenStoreWriter
-from models.vision.backbones import WEIGHTS_FILE, Backbone
+from models.vision.backbones import Backbone
 from models.vision.images import open_image
+from models.vision.open_clip_backbone import WEIGHTS_FILE
 from scripts.train_embedder import build_model, write_weights
 from training.embedder.training import EmbedderConfig
 

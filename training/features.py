@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +24,9 @@ from models.errors import UserError
 from models.language.captions import CaptionIds
 from models.precision import dtype_name
 from models.stores.token_store import TokenStore
+from models.vision.backbones import Backbone
 
 from .config import RunConfig
-
-if TYPE_CHECKING:
-    from models.vision.backbones import Backbone
 
 
 @dataclass(frozen=True)
@@ -197,8 +195,6 @@ def open_features(config: RunConfig, distributed: DistributedContext, dtype: tor
     """The run's stores, or its backbone where there are none. dtype: of the backbone's matrix products."""
     if config.data.store:
         return StoredFeatures.open(config.data.store, config.data.caption_store)
-    from models.vision.backbones import Backbone  # open_clip takes seconds to import
-
     return BackboneFeatures(Backbone.load(config.backbone, distributed.device, dtype_name(dtype)))
 
 

@@ -11,11 +11,16 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import BertWordPieceTokenizer
+from torchvision.transforms.functional import pil_to_tensor
 from transformers import BertConfig
 
-from models.config import BackboneConfig
+from models.config import BackboneConfig, BackboneDims, LocalConfig
 from models.errors import UserError
-from models.vision.backbones import CONFIG_FILE, WEIGHTS_FILE, Backbone, load_directory
+from models.reranker import Reranker
+from models.vision import backbones
+from models.vision.backbones import Backbone, Family, ImageFeatures
+from models.vision.open_clip_backbone import CONFIG_FILE, WEIGHTS_FILE, load_directory
+from tests.tiny_model import make_model, write_images
 
 VIT = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 ATTENTION_POOLED = {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160}
@@ -291,3 +296,43 @@ def test_a_weight_file_loads_under_its_architecture_name(vit, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes((vit / WEIGHTS_FILE).read_bytes()[:1000])
     with pytest.raises(UserError, match="cut.safetensors: cannot be loaded as weights of tiny-for-test"):
         Backbone.load(BackboneConfig(name="tiny-for-test", pretrained=str(tmp_path / "cut.safetensors")))
+
+
+class MeanColours(Backbone):
+    """A family of one model: an image's mean colour as its only patch token, and as its embedding."""
+
+    @classmethod
+    def build(cls, config, device, dtype):
+        backbone = cls()
+        backbone.config, backbone.fingerprint, backbone.preprocess = (
+            config,
+            "colours",
+            lambda image: pil_to_tensor(image.resize((8, 8))) / 255,
+        )
+        backbone.dims = BackboneDims(num_patches=1, patch_width=3, embedding_width=3)
+        return backbone
+
+    @property
+    def device(self):
+        return torch.device("cpu")
+
+    def encode_images(self, pixels):
+        means = pixels.mean((2, 3))
+        return ImageFeatures(means[:, None], torch.nn.functional.normalize(means, dim=-1))
+
+    def encode_texts(self, captions):
+        return torch.nn.functional.normalize(torch.tensor([[float("red" in c), 0.1, 0.0] for c in captions]), dim=-1)
+
+
+def test_another_family_is_a_class_and_a_line(monkeypatch, tmp_path):
+    """It is loaded by its configuration, and indexes and reranks as any other."""
+    family = Family("test", "MeanColours", serves=lambda config: config.name == "colours")
+    monkeypatch.setattr(Family, "backbone", lambda self: MeanColours if self is family else pytest.fail("open_clip"))
+    monkeypatch.setattr(backbones, "FAMILIES", (family, *backbones.FAMILIES))
+    backbone = Backbone.load(BackboneConfig(name="colours"))
+    names = write_images(tmp_path / "images", 3)
+    model = make_model(backbone, tmp_path / "vocab.txt", adapter=LocalConfig(mlp_width=8))
+    reranker = Reranker(model, backbone, torch.float32)
+    store = reranker.index(tmp_path / "images", tmp_path / "store", progress=False)
+    assert store.manifest.backbone == "colours" and store.gather(names).shape == (3, 1, 16)
+    assert len(reranker.rank("a red ball", store.ids)) == 3

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 from data.caption_datasets import load_annotations
 from models.config import BackboneConfig
 from models.errors import UserError
-from models.vision.backbones import WEIGHTS_FILE, Backbone
+from models.vision.backbones import Backbone
+from models.vision.open_clip_backbone import WEIGHTS_FILE
 from scripts import train_embedder
 from training.embedder.samples import Samples, cached_side, draw_batch, random_crops
 from training.embedder.training import EmbedderConfig, EmbedderTraining, Progress

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from models.errors import UserError
 from models.files import write_atomically
-from models.vision.backbones import OpenClipModel
+from models.vision.open_clip_backbone import OpenClipModel
 
 from .samples import Samples, cached_side, draw_batch, normalise, random_crops
 
