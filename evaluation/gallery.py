@@ -24,7 +24,6 @@ from models.edje import EDJE
 from models.errors import UserError
 from models.stores.token_store import TokenStore
 from models.vision.backbones import Backbone
-from models.vision.images import open_image
 
 from .blocks import Stopwatch, blocks, own_blocks, progress_bar, run_blocks, share_blocks
 
@@ -195,7 +194,7 @@ def _read_ahead(backbone: Backbone, dataset: CaptionDataset, parts: list[slice])
     """Preprocessed images [n, 3, S, S] of each block; the next block is read while this one is computed."""
 
     def read(image: int) -> Tensor:
-        return backbone.preprocess(open_image(dataset.path(image)))
+        return backbone.preprocess(dataset.open_image(image))
 
     with ThreadPoolExecutor(READER_THREADS) as readers:
         pending: deque[list[Future[Tensor]]] = deque()

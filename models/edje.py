@@ -113,7 +113,7 @@ class EDJE(MatchPass, nn.Module):
         cls, directory: str | Path, device: str | torch.device = "cpu", revision: str | None = None
     ) -> EDJE:
         """Load a checkpoint directory, a run directory's latest checkpoint, or OWNER/NAME from the Hugging Face Hub;
-        float32, evaluation mode. A directory that exists wins, and is read without network.
+        float32, evaluation mode. An existing directory takes precedence, and is read without network.
 
         revision: branch, tag or commit on the Hub. Raises UserError naming the file if anything is missing, truncated,
         misshapen or not finite, or that there is neither a directory nor a repository of that name."""

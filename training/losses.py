@@ -40,7 +40,7 @@ def group_itm_loss(logits: Tensor, excluded: Tensor) -> Tensor:
     """Cross-entropy over rows (images for a caption) and columns (captions for an image) of each group.
 
     logits: [G, g, g], row: caption, column: image, positives on the diagonal; excluded: [G, g, g] bool, pairs that are
-    no negatives (the diagonal is kept)."""
+    excluded from negatives (the diagonal is kept)."""
     positive = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
     masked = logits.masked_fill(excluded & ~positive, -torch.inf)
     by_image = -masked.log_softmax(dim=2).diagonal(dim1=1, dim2=2).mean()

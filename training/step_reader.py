@@ -1,4 +1,4 @@
-"""Turns what the data loader read into a step's inputs: features, caption ids, and which pairs are no negatives."""
+"""Turns what the data loader read into the inputs of a step: features, caption ids, pairs excluded from negatives."""
 
 from __future__ import annotations
 

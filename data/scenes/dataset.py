@@ -27,11 +27,12 @@ from data.scenes.rendering import render_scene
 from data.scenes.world import Scene, draw_splits
 from models.errors import UserError
 from models.files import write_atomically
+from models.vision.images import open_image
 
 ANNOTATION_FILE = "dataset_scenes.json"
 REGION_FILE = "dataset_scenes_regions.json"
 FORMAT = 1
-"""Counted up when the same arguments begin to give other scenes, so that old folders are written anew."""
+"""Counted up when the same arguments begin to give other scenes, so that old folders are written again."""
 
 
 def write_scenes(
@@ -163,7 +164,7 @@ def write_contact_sheet(annotation_file: Path, picture: str | Path) -> None:
     for row, members in enumerate(rows):
         for column, image in enumerate(members):
             corner = (column * width + 9, row * height + 6)
-            scene = Image.open(_image_file(annotation_file.parent, image))
+            scene = open_image(_image_file(annotation_file.parent, image))
             sheet.paste(scene.resize((192, 192), Image.Resampling.NEAREST), corner)
             caption = image["sentences"][row % len(image["sentences"])]["raw"]
             draw.text((corner[0], corner[1] + 196), _wrap(caption, 192, font), fill="black", font=font, spacing=2)

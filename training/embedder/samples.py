@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from data.caption_datasets import CaptionDataset
 from models.language.captions import canonical_caption
-from models.vision.images import open_image
 
 DECODERS = 4
 
@@ -55,7 +54,7 @@ def load_samples(
     transform = image_transform_v2(preprocessing, is_train=False)
 
     def decode(index: int) -> Tensor:
-        return (transform(open_image(dataset.path(index))) * 255).round().to(torch.uint8)
+        return (transform(dataset.open_image(index)) * 255).round().to(torch.uint8)
 
     indices = range(len(dataset))
     with ThreadPoolExecutor(DECODERS) as pool:
