@@ -4,7 +4,7 @@ Two layouts, told apart by their content:
 - Karpathy (Flickr30k, COCO, and what data/scenes.py writes): {"images": [{"filepath" (optional), "filename", "split",
   "subset" (optional), "sentences": [{"raw": ...}, ...]}, ...]}; split `restval` counts as `train`.
 - BLIP and ALBEF: [{"image": ..., "caption": one or a list}, ...]; such a file is one split. Training lists have a
-  row a caption; rows of one image are put together. They may have millions of rows, and are read one by one.
+  row per caption; rows of one image are put together. They may have millions of rows, and are read one by one.
 
 Held as columns (data/columns.py), not as objects, so that millions of captions fit, in every process.
 

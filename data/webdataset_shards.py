@@ -46,7 +46,7 @@ _BLOCK = 512
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ShardDataset(CaptionDataset):
-    """The samples of S shards: one caption an image, and images as byte ranges of the shards.
+    """The samples of S shards: one caption per image, and images as byte ranges of the shards.
 
     Image ids are shard and member, relative to the folder that all shards lie under."""
 

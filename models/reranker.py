@@ -1,7 +1,7 @@
 """What an application calls: load a checkpoint, index images once, rank candidates for a query.
 
     reranker = Reranker.from_pretrained("runs/demo")
-    store = reranker.index("photos", "photos.store")                     # once: one backbone pass an image
+    store = reranker.index("photos", "photos.store")                     # once: one backbone pass per image
     reranker.rank("a red ball", store.ids, top_k=10)                     # no backbone pass at all
     reranker.rank("a red ball", ["photos/a.jpg", Image.open("b.png")])   # images that are not indexed
     reranker.predict([("a red ball", "photos/a.jpg")])                   # float32 array [1]

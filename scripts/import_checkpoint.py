@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = import_checkpoint(arguments.source, arguments.out, arguments.config)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{arguments.out}: {parameters:,} parameters, {model.config.num_vision_tokens} vision tokens an image")
+    print(f"{arguments.out}: {parameters:,} parameters, {model.config.num_vision_tokens} vision tokens per image")
     if not model.config.backbone.name:
         print(f"The file names no known backbone; set backbone in {arguments.out / 'config.yaml'} before using images.")
 

@@ -1,6 +1,6 @@
 """Hard negatives, mined over the global batch by the frozen backbone's own similarity, on the CPU.
 
-Letters: B rows of the global batch (row i: caption i and its image i), b rows of this rank, h negatives a positive,
+Letters: B rows of the global batch (row i: caption i and its image i), b rows of this rank, h negatives per positive,
 G groups of g rows. Source: EDJE (arXiv 2510.06820), training: hard negatives by the embedding model's similarity. The
 published code excludes only the same image for images and only the same caption for captions; here the caller excludes
 both in both directions (data/neighbours.py), so that a true match is never trained as a negative.

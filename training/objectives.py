@@ -4,7 +4,7 @@ Source: EDJE (arXiv 2510.06820), training objectives; the losses themselves are 
 the mean over its own rows, on tensors gathered with gradients; the mean over ranks, of values and of gradients, is that
 of one process on the whole batch.
 
-Letters: B rows of the global batch, b rows of this rank, h negatives a positive, G groups of g rows, V vocabulary,
+Letters: B rows of the global batch, b rows of this rank, h negatives per positive, G groups of g rows, V vocabulary,
 De embedding width, m vision tokens, H joint encoder width, L layers.
 """
 

@@ -96,7 +96,7 @@ class TokenCompressionAdapter(_CompressionBlock):
     M learned queries, shared by all images, attend over the patches. The result depends on the image alone, so it
     is computed once and stored; a query never runs this module. Keys and values pass two linear maps (`key`/`value`
     and the attention's own projections), there is no residual around the attention and no norm after the MLP: so
-    it is in the published checkpoint. SigLIP 2 L/16-384: [B, 576, 1024] -> [B, 64, 384], 49,152 bytes an image in
+    it is in the published checkpoint. SigLIP 2 L/16-384: [B, 576, 1024] -> [B, 64, 384], 49,152 bytes per image in
     float16.
 
     With `config.position_codes` patches carry their position, and query j starts as the code of the j-th cell of a grid
