@@ -1,6 +1,6 @@
 """Benchmark sections `lists` and `shards`: memory that lists of millions of pairs take, speed of reading tar shards.
 
-`lists`: a list of pairs, one row per caption as pretraining lists have them, is written; a process of its own reads it into
+`lists`: a list of pairs, one row per caption as in pretraining lists, is written; a process of its own reads it into
 the cache, then runs the training reader with 4 workers. The proportional set sizes (PSS: shared pages divided among
 those who share them) of that process and of the workers are added up. The same with 1,000 pairs shows what the
 libraries take. Every image is the same file, as millions cannot be written here.
