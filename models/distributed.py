@@ -69,6 +69,15 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def share_threads(device: torch.device, processes: int = 1) -> None:
+    """Torch's threads on the CPU for one of a machine's `processes`.
+
+    Beside a GPU only small tensors are left, and there a team of threads waits for its last member: with 16 of them and
+    6 busy loader workers, any() of 65,536 booleans took 26 ms on an H100's host, and a training step 160 ms, of which
+    the GPU worked 39."""
+    torch.set_num_threads(1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // processes))
+
+
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[DistributedContext]:
     """Join the process group that torchrun announces in the environment; without torchrun, a run of one process.
@@ -76,12 +85,13 @@ def process_group(device: str = "auto") -> Iterator[DistributedContext]:
     Threads are shared out among the processes of a machine; torchrun's own default is one thread each."""
     chosen = pick_device(device)
     if "RANK" not in os.environ:
+        if chosen.type == "cuda":
+            share_threads(chosen)
         yield DistributedContext(device=chosen)
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    share_threads(chosen, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield DistributedContext(rank=dist.get_rank(), size=dist.get_world_size(), device=chosen)

@@ -102,7 +102,7 @@ class AttentionAtOnce:
     def __init__(self, groups: tuple[Group, ...], num_heads: int, dropout: float, device: torch.device):
         self.num_heads = num_heads
         self.dropout = dropout
-        self.longest = groups[-1].length
+        self.longest = max(group.length for group in groups)
         # Made on the CPU and sent: what a GPU counted, the CPU would have to wait for.
         lengths, counts = torch.tensor([(group.length, group.sequences) for group in groups]).unbind(1)
         self._lengths = lengths.repeat_interleave(counts)

@@ -31,8 +31,8 @@ from .attention import has_kernel, sequence_attention
 from .bert import MaskedLanguageHead, bert_parameters, initialise, submodule
 from .cuda_graphs import RecordedPasses
 from .linear import ACTIVATIONS, Linear, fuse
-from .mixture import Sequences, pack_mixture
-from .packing import PackedInput, SpecialTokens, pack_captions, pack_images, pack_pairs
+from .mixture import Mixture, Sequences, pack_mixture
+from .packing import Group, PackedInput, SpecialTokens, pack_captions, pack_images, pack_pairs
 
 
 class Norm(NamedTuple):
@@ -105,8 +105,23 @@ class EncoderPass(ABC):
         """Wanted last hidden states of each kind of sequences, [its number, H], by one pass over all: tokens [N, m, H].
 
         Raises UserError if a sequence is longer than the position table."""
-        mixture = pack_mixture(self.word_table, self.special, tokens, kinds)
-        return list(self.encode(mixture.packed, mixture.wanted).split(mixture.counts))
+        mixture, weights = pack_mixture(self.word_table, self.special, tokens, kinds), self.weights()
+        self._check_fits_positions(mixture.packed, weights.positions)
+        x = self._up_to_last_layer(mixture.packed, self._attention(mixture.packed.groups, tokens.device), weights)
+        last, asking = weights.layers[-1], x.index_select(0, mixture.asking)
+        context = self._last_attention(mixture, last.query(asking), last.key_value(x))
+        wanted = (rows.index_select(0, mixture.wanted) for rows in (asking, context))
+        return list(self._finish_layer(*wanted, last).split(mixture.counts))
+
+    def _last_attention(self, mixture: Mixture, queries: Tensor, keys_values: Tensor) -> Tensor:
+        """queries [A, H] of the asking rows, keys_values [T, 2H] -> [A, H]."""
+        parts = mixture.parts
+        rows = [sum(group.sequences * group.length for group in groups) for groups, _ in parts]
+        asks = [sum(g.sequences for g in groups) if cls else n for (groups, cls), n in zip(parts, rows, strict=True)]
+        contexts = []
+        for (groups, cls), q, kv in zip(parts, queries.split(asks), keys_values.split(rows), strict=True):
+            contexts.append(self._attention(groups, q.device)(q, kv, one_query=cls))
+        return torch.cat(contexts)
 
     def encode(self, packed: PackedInput, rows: Tensor | None = None) -> Tensor:
         """Last hidden state of all rows [T, H], or of `rows` [R] int64 in any order -> [R, H].
@@ -115,7 +130,7 @@ class EncoderPass(ABC):
         the position table."""
         weights = self.weights()
         self._check_fits_positions(packed, weights.positions)
-        return self._encode(packed, rows, self._attention(packed), weights)
+        return self._encode(packed, rows, self._attention(packed.groups, packed.embeddings.device), weights)
 
     def encode_cls(self, packed: PackedInput) -> Tensor:
         """Last hidden state of each sequence's [CLS], [Q, H] in the caller's order: in the last layer they alone ask.
@@ -123,20 +138,19 @@ class EncoderPass(ABC):
         Raises UserError if a sequence is longer than the position table."""
         weights = self.weights()
         self._check_fits_positions(packed, weights.positions)
-        return self._encode_cls(packed, self._attention(packed), weights)
+        return self._encode_cls(packed, self._attention(packed.groups, packed.embeddings.device), weights)
 
     @staticmethod
     def _check_fits_positions(packed: PackedInput, positions: Tensor) -> None:
-        longest = packed.groups[-1].length
+        longest = max(group.length for group in packed.groups)
         if longest > len(positions):
             raise UserError(
                 f"a sequence of {longest} tokens does not fit the joint encoder's {len(positions)} positions; "
                 "cut the caption or raise encoder.max_positions"
             )
 
-    def _attention(self, packed: PackedInput) -> Callable[..., Tensor]:
-        device = packed.embeddings.device
-        return sequence_attention(packed.groups, self.config.num_heads, self._attention_dropout, device)
+    def _attention(self, groups: tuple[Group, ...], device: torch.device) -> Callable[..., Tensor]:
+        return sequence_attention(groups, self.config.num_heads, self._attention_dropout, device)
 
     def _encode(
         self, packed: PackedInput, rows: Tensor | None, attention: Callable[..., Tensor], weights: EncoderWeights
@@ -178,7 +192,10 @@ class EncoderPass(ABC):
         return self._norm(layer.output.added_to(x, inner, dropout), layer.output_norm)
 
     def _norm(self, x: Tensor, norm: Norm) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, self.config.layer_norm_eps)
+        # Autocast would return float32, which every map behind it reads as a copy; the kernel sums in float32 anyway.
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.config.layer_norm_eps)
 
     @property
     def _hidden_dropout(self) -> float:
@@ -214,7 +231,9 @@ class JointEncoder(EncoderPass, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.word_table.dtype
+        """Of rows between layers: autocast's where it is on, as in the inference form; parameters keep float32."""
+        device = self.word_table.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.word_table.dtype
 
     def weights(self) -> EncoderWeights:
         """The parameters as the pass wants them; gradients flow through the concatenation of keys and values."""

@@ -40,7 +40,8 @@ class Linear:
 
     def added_to(self, residual: Tensor, x: Tensor, dropout: float) -> Tensor:
         """residual + dropout(self(x))"""
-        return residual + F.dropout(self(x), dropout, training=dropout > 0)
+        mapped = self(x)
+        return residual + (F.dropout(mapped, dropout) if dropout else mapped)
 
 
 @dataclass(frozen=True)

@@ -39,13 +39,25 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A packed input and the rows whose last states are wanted."""
+    """A packed input and the rows whose last states are wanted.
+
+    Sequences of which the [CLS] alone is wanted lie first: in the last layer it alone asks, and no other row."""
 
     packed: PackedInput
+    cls_groups: tuple[Group, ...]
+    """Of the packed input's groups, those whose [CLS] alone asks; the others follow them."""
+    asking: Tensor
+    """[A] int64: rows that ask in the last layer, the [CLS] of the first sequences and all rows of the others."""
     wanted: Tensor
-    """[R] int64, kind by kind, in the order of the sequences."""
+    """[R] int64 into the asking rows, kind by kind, in the order of the sequences."""
     counts: tuple[int, ...]
     """Wanted rows of each kind; they sum to R."""
+
+    @property
+    def parts(self) -> list[tuple[tuple[Group, ...], bool]]:
+        """Runs of groups, and whether the [CLS] alone asks; none is empty."""
+        others = self.packed.groups[len(self.cls_groups) :]
+        return [part for part in ((self.cls_groups, True), (others, False)) if part[0]]
 
 
 class _Spans(NamedTuple):
@@ -61,14 +73,21 @@ class _Spans(NamedTuple):
 def pack_mixture(word_table: Tensor, special: SpecialTokens, tokens: Tensor, kinds: Sequence[Sequences]) -> Mixture:
     """All sequences of `kinds` as one input: word_table [V, H], tokens [N, m, H].
 
-    Shortest first, ties in the order given, laid out as packing.py says for each kind."""
+    Each sequence is laid out as packing.py says for its kind. Those of which pieces are wanted come last; otherwise
+    shortest first, ties in the order given."""
     captions = [kind.captions for kind in kinds if kind.captions is not None]
     ids = torch.cat([torch.tensor([special.cls_id, special.sep_id]), *(c.ids for c in captions)])
-    layout = _Layout.of(_spans(kinds), tokens.shape[1])
-    wanted = [layout.wanted(kind, part) for kind, part in zip(kinds, _slices(kinds), strict=True)]
-    indices = (layout.sources(len(ids)), layout.positions, layout.segments, layout.starts, ids.numpy(), *wanted)
+    slices = _slices(kinds)
+    asks_whole = np.zeros(slices[-1].stop, bool)
+    for kind, part in zip(kinds, slices, strict=True):
+        asks_whole[part] = kind.wanted_pieces is not None
+    layout = _Layout.of(_spans(kinds), tokens.shape[1], asks_whole)
+    wanted = [layout.wanted(kind, part) for kind, part in zip(kinds, slices, strict=True)]
+    places = layout.places(np.concatenate(wanted))
+    indices = layout.sources(len(ids)), layout.positions, layout.segments, layout.starts, ids.numpy()
+    indices = (*indices, layout.asking, places)
     sent = send(torch.from_numpy(np.concatenate(indices)), tokens.device).split([len(index) for index in indices])
-    sources, positions, segments, starts, ids_there, *wanted_there = sent
+    sources, positions, segments, starts, ids_there, asking, places_there = sent
     words = F.embedding(ids_there, word_table)
     packed = PackedInput(
         embeddings=torch.cat([words, tokens.flatten(0, 1).to(words.dtype)]).index_select(0, sources),
@@ -78,7 +97,8 @@ def pack_mixture(word_table: Tensor, special: SpecialTokens, tokens: Tensor, kin
         cls_rows=starts,
         caption_rows=starts[:0],
     )
-    return Mixture(packed, torch.cat(wanted_there), tuple(len(rows) for rows in wanted))
+    cls_groups = layout.groups[: layout.num_cls_groups]
+    return Mixture(packed, cls_groups, asking, places_there, tuple(len(rows) for rows in wanted))
 
 
 def _spans(kinds: Sequence[Sequences]) -> _Spans:
@@ -122,19 +142,42 @@ class _Layout:
     positions: np.ndarray
     """[T] position within it."""
     groups: tuple[Group, ...]
+    num_cls_groups: int
+    """Groups, the first ones, of which the [CLS] alone asks in the last layer."""
 
     @classmethod
-    def of(cls, spans: _Spans, num_tokens: int) -> _Layout:
+    def of(cls, spans: _Spans, num_tokens: int, asks_whole: np.ndarray) -> _Layout:
         lengths = 1 + np.where(spans.has_caption, spans.lengths + 1, 0) + np.where(spans.images >= 0, num_tokens + 1, 0)
-        order = np.argsort(lengths, kind="stable")
-        ends = lengths[order].cumsum()
+        order = np.lexsort((lengths, asks_whole))
+        ordered, whole = lengths[order], asks_whole[order]
         starts = np.empty_like(lengths)
-        starts[order] = ends - lengths[order]
-        values, firsts, counts = np.unique(lengths[order], return_index=True, return_counts=True)
-        groups = zip(starts[order][firsts].tolist(), counts.tolist(), values.tolist(), strict=True)
-        sequences = np.repeat(order, lengths[order])
+        starts[order] = ordered.cumsum() - ordered
+        firsts = np.flatnonzero(np.diff(ordered, prepend=-1) | np.diff(whole, prepend=False))
+        counts = np.diff(firsts, append=len(order))
+        runs = zip(starts[order][firsts].tolist(), counts.tolist(), ordered[firsts].tolist(), strict=True)
+        sequences = np.repeat(order, ordered)
         positions = np.arange(len(sequences)) - starts[sequences]
-        return cls(spans, num_tokens, starts, sequences, positions, tuple(Group(*group) for group in groups))
+        num_cls_groups = int((~whole[firsts]).sum())
+        groups = tuple(Group(*run) for run in runs)
+        return cls(spans, num_tokens, starts, sequences, positions, groups, num_cls_groups)
+
+    @property
+    def _num_cls(self) -> tuple[int, int]:
+        """Sequences and rows of the first groups."""
+        first = self.groups[: self.num_cls_groups]
+        return sum(group.sequences for group in first), sum(group.sequences * group.length for group in first)
+
+    @property
+    def asking(self) -> np.ndarray:
+        """[A] rows that ask in the last layer."""
+        num_cls, num_rows = self._num_cls
+        return np.concatenate([np.sort(self.starts)[:num_cls], np.arange(num_rows, len(self.positions))])
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Where `rows`, all of them asking, stand among the asking rows."""
+        num_cls, num_rows = self._num_cls
+        cls_place = np.searchsorted(self.asking[:num_cls], rows)
+        return np.where(rows < num_rows, cls_place, rows - num_rows + num_cls)
 
     @property
     def first_tokens(self) -> np.ndarray:

@@ -52,10 +52,14 @@ def test_each_sequence_is_laid_out_as_in_an_input_of_its_kind_alone(seed):
         for cls_row in packed.cls_rows.tolist():
             found = rows_of(mixture.packed, starts.pop(0), lengths[cls_row])
             assert all(map(torch.equal, found, rows_of(packed, cls_row, lengths[cls_row])))
-    pairs, pieces, texts, images = mixture.wanted.split(mixture.counts)
+    pairs, pieces, texts, images = mixture.asking[mixture.wanted].split(mixture.counts)
     assert torch.equal(mixture.packed.embeddings[pieces], WORDS[others.ids[others.ids % 2 == 0]])
     cls_of_others = mixture.packed.cls_rows[8:11]
     assert torch.equal(torch.cat([pairs, cls_of_others, texts, images]), mixture.packed.cls_rows)
+    # Only the masked captions' sequences ask whole: they lie behind the others.
+    num_rows = sum(group.sequences * group.length for group in mixture.cls_groups)
+    assert mixture.packed.cls_rows.sort().values[-3] == num_rows == cls_of_others.min()
+    assert torch.equal(mixture.asking[16:], torch.arange(num_rows, len(mixture.packed.positions)))
 
 
 def test_groups_are_runs_of_equal_length_shortest_first():
