@@ -70,6 +70,21 @@ def train_tables(section: dict[str, Any]) -> list[str]:
     return [markdown((f"training, {section['backbone']}, {section['batch_size']} pairs per step", "steps/s"), rows)]
 
 
+def step_tables(section: dict[str, Any]) -> list[str]:
+    ways = list(dict.fromkeys(way for row in section["results"].values() for way in row["pairs_per_second"]))
+    rows = []
+    for name, row in section["results"].items():
+        rates = row["pairs_per_second"]
+        ratio = f"{row['ratio']['median']:.1f}" if "ratio" in row else "–"
+        rows.append((name, *(f"{rates[way]['median']:,.0f}" if way in rates else "–" for way in ways), ratio))
+    header = (
+        f"pairs trained/s, {section['batch_size']} positives per step, {section['dtype']}",
+        *ways,
+        "times as fast",
+    )
+    return [markdown(header, rows)]
+
+
 def lists_tables(section: dict[str, Any]) -> list[str]:
     rows = []
     for name, row in section["lists"].items():
@@ -90,6 +105,7 @@ SECTION_TABLES = {
     "rerank": rerank_tables,
     "store": store_tables,
     "train": train_tables,
+    "step": step_tables,
     "lists": lists_tables,
     "shards": shards_tables,
 }

@@ -3,6 +3,7 @@
 python scripts/benchmark.py --out benchmarks/results/rerank_cpu.json --only rerank       minutes on 2 cores
 python scripts/benchmark.py --device cuda --out benchmarks/results/rerank_h200.json --only rerank --pairs 4096 \\
     --rounds 7
+python scripts/benchmark.py --device cuda --out benchmarks/results/step_h100.json --only step --rounds 5
 python scripts/benchmark.py --out benchmarks/results/store_cpu.json --only store --rounds 50     1 GB of disk
 python scripts/benchmark.py --out benchmarks/results/lists_cpu.json --only lists         3 GB of memory and of disk
 python scripts/benchmark.py --out benchmarks/results/shards_cpu.json --only shards --rounds 5
@@ -23,17 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.data import benchmark_lists, benchmark_shards
-from benchmarks.rerank import benchmark_rerank
-from benchmarks.store import benchmark_store
 from benchmarks.tables import read_record, side_by_side, whole
-from benchmarks.train import benchmark_train
 from evaluation.provenance import stamp
 from models.distributed import pick_device
 from models.errors import UserError, run_entry_point
 from models.files import write_atomically
 
-SECTIONS = ("rerank", "store", "train", "lists", "shards")
+SECTIONS = ("rerank", "store", "train", "step", "lists", "shards")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,6 +63,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--train-batch", type=int, default=48, help="pairs per training step, a multiple of 6 (default %(default)s)"
     )
     parser.add_argument(
+        "--step-batch",
+        type=int,
+        default=256,
+        help="positives per step of section step, a multiple of 8 (default %(default)s)",
+    )
+    parser.add_argument(
+        "--round-steps", type=int, default=4, help="steps of a round of section step (default %(default)s)"
+    )
+    parser.add_argument(
         "--list-pairs", type=int, default=5_000_000, help="pairs of the list whose memory is measured (%(default)s)"
     )
     parser.add_argument(
@@ -87,15 +93,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_section(name: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One section of the record."""
+    """One section of the record. Imported when it is run: a machine may lack what other sections need."""
     if name == "store":
+        from benchmarks.store import benchmark_store
+
         return benchmark_store(arguments.rounds)
     if name == "train":
+        from benchmarks.train import benchmark_train
+
         return benchmark_train(device, arguments.rounds, arguments.train_batch)
-    if name == "lists":
-        return benchmark_lists(arguments.list_pairs)
-    if name == "shards":
-        return benchmark_shards(arguments.rounds)
+    if name == "step":
+        from benchmarks.train_step import benchmark_step
+
+        return benchmark_step(device, arguments.rounds, arguments.step_batch, arguments.round_steps)
+    if name in ("lists", "shards"):
+        from benchmarks.data import benchmark_lists, benchmark_shards
+
+        return benchmark_lists(arguments.list_pairs) if name == "lists" else benchmark_shards(arguments.rounds)
+    from benchmarks.rerank import benchmark_rerank
+
     return benchmark_rerank(device, arguments.pairs, arguments.rounds, arguments.baseline_batch)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from models.config import AdapterConfig, BackboneConfig, BackboneDims, EDJEConfig, EncoderConfig
+from models.config import BackboneConfig, BackboneDims, CompressionConfig, EDJEConfig, EncoderConfig
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.language.captions import CaptionTokenizer
@@ -32,7 +32,7 @@ def emoji_run(
         intermediate_size=96,
         max_positions=80,
     )
-    adapter = AdapterConfig(num_tokens=8, mlp_width=64, num_heads=4)
+    adapter = CompressionConfig(num_tokens=8, mlp_width=64, num_heads=4)
     torch.manual_seed(0)
     model = EDJE(EDJEConfig(backbone=BackboneConfig(), dims=DIMS, adapter=adapter, encoder=encoder), tokenizer)
     model = model.to(distributed.device)

@@ -84,7 +84,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, dtype):
 
 @pytest.mark.gpu
 def test_a_gpu_trains_to_the_losses_of_a_cpu(tmp_path):
-    """Float32 without dropout, three steps."""
+    """Float32 without dropout, three steps. AdamW's first ones turn rounding of tiny gradients into whole steps."""
     curves = []
     for device in ("cpu", "cuda"):
         run, objectives, inputs = make_step(tmp_path, DistributedContext(device=torch.device(device)))
@@ -96,7 +96,7 @@ def test_a_gpu_trains_to_the_losses_of_a_cpu(tmp_path):
             ]
         )
     for on_cpu, on_gpu in zip(*curves, strict=True):
-        assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
+        assert on_gpu == pytest.approx(on_cpu, rel=5e-3)
 
 
 def without_dropout(model: EDJE):
