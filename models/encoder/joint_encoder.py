@@ -30,16 +30,9 @@ from ..precision import fastest_dtype
 from .attention import has_kernel, sequence_attention
 from .bert import MaskedLanguageHead, bert_parameters, initialise, submodule
 from .cuda_graphs import RecordedPasses
-from .linear import ACTIVATIONS, Linear, fuse
+from .linear import ACTIVATIONS, Linear, Norm, fuse, has_triton, layer_norm
 from .mixture import Mixture, Sequences, pack_mixture
 from .packing import Group, PackedInput, SpecialTokens, pack_captions, pack_images, pack_pairs
-
-
-class Norm(NamedTuple):
-    """Weight and bias of a LayerNorm, both [H]."""
-
-    weight: Tensor
-    bias: Tensor
 
 
 class LayerWeights(NamedTuple):
@@ -181,21 +174,16 @@ class EncoderPass(ABC):
 
     def _embed(self, packed: PackedInput, weights: EncoderWeights) -> Tensor:
         x = packed.embeddings + F.embedding(packed.positions, weights.positions)
-        x = self._norm(x + F.embedding(packed.segments, weights.segments), weights.norm)
+        x = x + F.embedding(packed.segments, weights.segments)
+        x = layer_norm(x, weights.norm, self.config.layer_norm_eps)
         return F.dropout(x, self._hidden_dropout).to(self.dtype)
 
     def _finish_layer(self, x: Tensor, context: Tensor, layer: LayerWeights) -> Tensor:
         """Everything of a layer that is not attention, row by row: x, context [R, H] -> [R, H]."""
-        dropout = self._hidden_dropout
-        x = self._norm(layer.attention_output.added_to(x, context, dropout), layer.attention_norm)
+        dropout, eps = self._hidden_dropout, self.config.layer_norm_eps
+        x = layer.attention_output.added_and_normed(x, context, dropout, layer.attention_norm, eps)
         inner = layer.intermediate.activated(x, self.config.activation)
-        return self._norm(layer.output.added_to(x, inner, dropout), layer.output_norm)
-
-    def _norm(self, x: Tensor, norm: Norm) -> Tensor:
-        # Autocast would return float32, which every map behind it reads as a copy; the kernel sums in float32 anyway.
-        with torch.autocast(x.device.type, enabled=False):
-            weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-            return F.layer_norm(x, x.shape[-1:], weight, bias, self.config.layer_norm_eps)
+        return layer.output.added_and_normed(x, inner, dropout, layer.output_norm, eps)
 
     @property
     def _hidden_dropout(self) -> float:
@@ -426,6 +414,22 @@ class OptimizedEncoder(EncoderPass):
         parts = packed.parts(ROWS_AT_ONCE)
         hidden = torch.cat([super(OptimizedEncoder, self).encode_cls(part) for part in parts])
         return hidden[packed.cls_rows.argsort().argsort()]
+
+    def _embed(self, packed: PackedInput, weights: EncoderWeights) -> Tensor:
+        if self._dtype != torch.bfloat16 or not has_triton(packed.embeddings.device):
+            return super()._embed(packed, weights)
+        from . import kernels
+
+        return kernels.embed(
+            packed.embeddings,
+            packed.positions,
+            packed.segments,
+            weights.positions,
+            weights.segments,
+            *weights.norm,
+            self.config.layer_norm_eps,
+            self._dtype,
+        )
 
     def _record_cls(self, packed: PackedInput, attention: Callable[..., Tensor]) -> Tensor:
         return self._encode_cls(packed, attention, self._weights)

@@ -4,13 +4,17 @@
 lies in oneDNN's blocked layout, and bias, activation and residual are added while the product is still in cache. On
 a CPU with AMX these passes over memory cost more in bfloat16 than the bias-free product itself (measured, MiniLM's
 feed-forward part, one thread: 29 -> 19 ms). The operators are those that torch.compile emits for CPUs; they have
-no public name, so where a build lacks them `fuse` keeps the plain form.
+no public name, so where a build lacks them `fuse` keeps the plain form. `TritonLinear` is the form for NVIDIA's Hopper
+and later (kernels.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +26,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 _FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
+
+
+class Norm(NamedTuple):
+    """Weight and bias of a LayerNorm, both [H]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def layer_norm(x: Tensor, norm: Norm, eps: float) -> Tensor:
+    """LayerNorm of rows x [R, H], in their dtype."""
+    # Autocast would return float32, which every map behind it reads as a copy; the kernel sums in float32 anyway.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.bias.to(x.dtype), eps)
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,10 @@ class Linear:
         mapped = self(x)
         return residual + (F.dropout(mapped, dropout) if dropout else mapped)
 
+    def added_and_normed(self, residual: Tensor, x: Tensor, dropout: float, norm: Norm, eps: float) -> Tensor:
+        """LayerNorm of added_to(...)"""
+        return layer_norm(self.added_to(residual, x, dropout), norm, eps)
+
 
 @dataclass(frozen=True)
 class FusedLinear(Linear):
@@ -61,8 +83,38 @@ class FusedLinear(Linear):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
 
 
+@dataclass(frozen=True)
+class TritonLinear(Linear):
+    """The same for inference on a GPU: cuBLAS's product where only a bias follows or a norm, Triton's with an
+    activation."""
+
+    def activated(self, x: Tensor, activation: str) -> Tensor:
+        from . import kernels
+
+        if not kernels.suits_linear(*self.weight.shape[::-1]):
+            return super().activated(x, activation)
+        return kernels.linear_activated(x, self.weight, self.bias, activation)
+
+    def added_and_normed(self, residual: Tensor, x: Tensor, dropout: float, norm: Norm, eps: float) -> Tensor:
+        from . import kernels
+
+        if dropout or not kernels.suits_norm(len(self.weight)):
+            return super().added_and_normed(residual, x, dropout, norm, eps)
+        return kernels.add_norm(self(x), residual, norm.weight, norm.bias, eps)
+
+
+@cache
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels.py runs there: it needs Triton, which comes with torch for CUDA, and a Hopper GPU or later."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def fuse(linear: Linear) -> Linear:
     """The fastest inference form of `linear` for its device and dtype; `linear` itself where there is no other."""
+    if linear.weight.dtype == torch.bfloat16 and has_triton(linear.weight.device):
+        return TritonLinear(linear.weight, linear.bias)
     if not _has_fused_form(linear.weight.device, linear.weight.dtype):
         return linear
     return FusedLinear(torch.ops.mkldnn._reorder_linear_weight(linear.weight), linear.bias)
