@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from benchmarks.rerank_gpu import gpu_section
+from benchmarks.rerank_pairs import NUM_VISION_TOKENS, Pairs, make_pairs, our_logits
 from benchmarks.timing import alternate, matmul_peak, ratio, spread
 from models.config import EncoderConfig
 from models.edje import MatchHead
 from models.encoder.joint_encoder import EncoderPass, JointEncoder, pairs_at_once
-from models.language.captions import CaptionIds
 from models.precision import dtype_name, fastest_dtype
 
 CLS_ID, SEP_ID = 101, 102
-NUM_VISION_TOKENS = 64
 CAPTION_LENGTHS = (4, 40)
 EQUAL_LENGTH = 16
 BASELINE_BATCH = {"cpu": 32, "cuda": 1024}
@@ -70,17 +69,6 @@ COMPARISONS = (
         for kind in ("varied lengths, arrival order", "varied lengths, sorted", "equal lengths")
     ),
 )
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Q captions and the vision tokens [Q, m, H] of their images."""
-
-    captions: CaptionIds
-    tokens: Tensor
-
-    def select(self, index: Tensor) -> Pairs:
-        return Pairs(self.captions.select(index), self.tokens[index])
 
 
 class Baseline(nn.Module):
@@ -140,30 +128,6 @@ class Baseline(nn.Module):
         return torch.cat([self(pairs.select(part)) for part in index.split(size)])
 
 
-def our_logits(encoder: EncoderPass, head: MatchHead, pairs: Pairs) -> Tensor:
-    """Logits [Q] by the product's own code, in batches of its own size."""
-    index = torch.arange(len(pairs.captions), device=pairs.tokens.device)
-    logits = []
-    for part in index.split(pairs_at_once(pairs.tokens.device, pairs.tokens.shape[1])):
-        packed = encoder.pack_pairs(pairs.captions, pairs.tokens, part, part)
-        logits.append(head(encoder.encode_cls(packed)))
-    return torch.cat(logits)
-
-
-def make_pairs(
-    num_pairs: int,
-    shortest: int,
-    longest: int,
-    width: int,
-    device: torch.device,
-    num_tokens: int = NUM_VISION_TOKENS,
-) -> Pairs:
-    """Random captions of `shortest` to `longest` pieces and random vision tokens."""
-    lengths = torch.randint(shortest, longest + 1, (num_pairs,))
-    ids = torch.randint(1000, 30000, (int(lengths.sum()),))
-    return Pairs(CaptionIds(ids, lengths).to(device), torch.randn(num_pairs, num_tokens, width).to(device))
-
-
 def useful_operations(config: EncoderConfig, lengths: Tensor) -> float:
     """Floating point operations that the job needs: no padding, only [CLS] in the last layer."""
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_layers
@@ -207,7 +171,7 @@ def benchmark_rerank(device: torch.device, num_pairs: int, rounds: int, baseline
     call_seconds = alternate(call_runs, rounds, warm_up=1, device=device)
     peaks = {dtype: max(peak, matmul_peak(dtype, device)) for dtype, peak in peaks.items()}
     reference = contestants["BertModel float32, varied lengths, arrival order"]()
-    return {
+    record = {
         "model": "BERT of MiniLM-L12-H384's shape, random weights, seed 0",
         "vision_tokens": NUM_VISION_TOKENS,
         "caption_pieces": {"varied": list(CAPTION_LENGTHS), "equal": EQUAL_LENGTH},
@@ -232,6 +196,9 @@ def benchmark_rerank(device: torch.device, num_pairs: int, rounds: int, baseline
             "milliseconds": {name: spread([1000 * value for value in times]) for name, times in call_seconds.items()},
         },
     }
+    if device.type == "cuda":
+        record["gpu"] = gpu_section(fastest, head, inputs["varied lengths"], rounds, device)
+    return record
 
 
 def _contestants(

@@ -32,7 +32,7 @@ def benchmark_store(rounds: int) -> dict[str, Any]:
     fetches = {}
     for dtype in DTYPES:
         with tempfile.TemporaryDirectory() as folder:
-            store = _write(Path(folder) / "store", dtype)
+            store = write_store(Path(folder) / "store", dtype, ITEMS)
             for state, prepare in (("warm", _touch), ("cold", _drop)):
                 fetches[f"{dtype}, {state}"] = spread(_milliseconds(store, prepare, rounds))
     return {
@@ -60,11 +60,11 @@ def _fetch(store: TokenStore, ids: list[str]) -> tuple[Tensor, Tensor]:
     return store.gather(ids), store.gather_embeddings(ids)
 
 
-def _write(path: Path, dtype: str) -> TokenStore:
-    """A store of random tokens."""
+def write_store(path: Path, dtype: str, items: int) -> TokenStore:
+    """A store of `items` images with random tokens."""
     torch.manual_seed(0)
     writer = TokenStoreWriter(
-        path, [f"{i:06d}.jpg" for i in range(ITEMS)], TOKENS, WIDTH, EMBEDDING_WIDTH, dtype, "random", "random"
+        path, [f"{i:06d}.jpg" for i in range(items)], TOKENS, WIDTH, EMBEDDING_WIDTH, dtype, "random", "random"
     )
     for shard in writer.missing_shards():
         count = len(writer.shard_ids(shard))

@@ -52,7 +52,31 @@ def rerank_tables(section: dict[str, Any]) -> list[str]:
     if "calls" in section:
         calls = section["calls"]
         tables.append(times_table(f"one call of {calls['pairs']} pairs, {calls['dtype']}", calls["milliseconds"]))
-    return tables
+    return tables + (gpu_tables(section["gpu"], section["calls"]["dtype"]) if "gpu" in section else [])
+
+
+def gpu_tables(section: dict[str, Any], dtype: str) -> list[str]:
+    """Few tokens, a query from a store, and the share of each kernel in a layer's time."""
+    few, query, kernels = section["few_tokens"], section["query_from_store"], section["kernels"]
+    rate = spread_text(few["pairs_per_second"], ",.0f")
+    name = f"1 query, {query['candidates']} candidates from a store on disk, {dtype}"
+    shares = [
+        (
+            row["name"][:60].replace("|", "/"),
+            f"{row['launches']}",
+            f"{row['microseconds'] / kernels['microseconds']:.1%}",
+        )
+        for row in kernels["by_kernel"]
+        if row["microseconds"] >= 0.01 * kernels["microseconds"]
+    ]
+    return [
+        markdown(
+            (f"{few['vision_tokens']} vision tokens, {few['caption_pieces']} word pieces", f"pairs/s, {SPREAD}"),
+            [(f"ours {dtype}", rate)],
+        ),
+        times_table("from store to logits", {name: query["milliseconds"]}),
+        markdown(("kernel", "launches", "share of the GPU's time"), shares),
+    ]
 
 
 def store_tables(section: dict[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ from ..language.pretrained import read_bert, read_bert_config
 from ..precision import fastest_dtype
 from .attention import has_kernel, sequence_attention
 from .bert import MaskedLanguageHead, bert_parameters, initialise, submodule
-from .cuda_graphs import RecordedPasses
+from .cuda_graphs import MOST_ROWS, RecordedPasses
 from .linear import ACTIVATIONS, Linear, Norm, fuse, has_triton, layer_norm
 from .mixture import Mixture, Sequences, pack_mixture
 from .packing import Group, PackedInput, SpecialTokens, pack_captions, pack_images, pack_pairs
@@ -391,6 +391,19 @@ class OptimizedEncoder(EncoderPass):
     @property
     def dtype(self) -> torch.dtype:
         return self._dtype
+
+    def pack_pairs(
+        self, captions: CaptionIds, tokens: Tensor, caption_index: Tensor, image_index: Tensor
+    ) -> PackedInput:
+        """As EncoderPass.pack_pairs, without caption_rows for few pairs on a GPU.
+
+        These are laid out on the CPU and sent in one copy: on the GPU the layout is some 60 launches, which keep the
+        host busy for nearly as long as the GPU is with 64 pairs."""
+        few = len(caption_index) * (tokens.shape[1] + _MEAN_CAPTION) <= MOST_ROWS
+        if tokens.device.type == "cpu" or not few:
+            return super().pack_pairs(captions, tokens, caption_index, image_index)
+        pairs = Sequences(captions.to("cpu"), caption_index.cpu(), image_index.cpu())
+        return pack_mixture(self.word_table, self.special, tokens, [pairs]).packed
 
     @torch.no_grad()  # not inference_mode: a teacher's logits enter a loss
     def encode(self, packed: PackedInput, rows: Tensor | None = None) -> Tensor:

@@ -66,6 +66,19 @@ def test_recorded_passes_give_what_a_pass_gives(encoder, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_few_pairs_are_laid_out_alike_on_cpu_and_gpu(encoder):
+    lengths = torch.randint(0, 20, (9,))
+    captions = CaptionIds(torch.randint(4, 60, (int(lengths.sum()),)), lengths).to("cuda")
+    caption_index, image_index = torch.randint(9, (30,), device="cuda"), torch.randint(5, (30,), device="cuda")
+    arguments = captions, torch.randn(5, 12, CONFIG.hidden_size, device="cuda"), caption_index, image_index
+    fast = encoder.optimized(torch.bfloat16)
+    few, expected = fast.pack_pairs(*arguments), EncoderPass.pack_pairs(fast, *arguments)
+    assert few.groups == expected.groups
+    for name in ("embeddings", "positions", "segments", "cls_rows"):
+        assert torch.equal(getattr(few, name), getattr(expected, name)), name
+
+
+@pytest.mark.gpu
 def test_threads_take_turns(encoder):
     fast = encoder.optimized(torch.bfloat16)
     inputs = [packed_pairs(encoder, pairs, 20, 16, "cuda") for pairs in (8, 8, 20, 33) * 4]
