@@ -103,8 +103,8 @@ class EncoderPass(ABC):
         x = self._up_to_last_layer(mixture.packed, self._attention(mixture.packed.groups, tokens.device), weights)
         last, asking = weights.layers[-1], x.index_select(0, mixture.asking)
         context = self._last_attention(mixture, last.query(asking), last.key_value(x))
-        wanted = (rows.index_select(0, mixture.wanted) for rows in (asking, context))
-        return list(self._finish_layer(*wanted, last).split(mixture.counts))
+        asking, context = (rows.index_select(0, mixture.wanted) for rows in (asking, context))
+        return list(self._finish_layer(asking, context, last).split(mixture.counts))
 
     def _last_attention(self, mixture: Mixture, queries: Tensor, keys_values: Tensor) -> Tensor:
         """queries [A, H] of the asking rows, keys_values [T, 2H] -> [A, H]."""

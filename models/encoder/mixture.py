@@ -84,8 +84,8 @@ def pack_mixture(word_table: Tensor, special: SpecialTokens, tokens: Tensor, kin
     layout = _Layout.of(_spans(kinds), tokens.shape[1], asks_whole)
     wanted = [layout.wanted(kind, part) for kind, part in zip(kinds, slices, strict=True)]
     places = layout.places(np.concatenate(wanted))
-    indices = layout.sources(len(ids)), layout.positions, layout.segments, layout.starts, ids.numpy()
-    indices = (*indices, layout.asking, places)
+    of_rows = layout.sources(len(ids)), layout.positions, layout.segments, layout.starts
+    indices = (*of_rows, ids.numpy(), layout.asking, places)
     sent = send(torch.from_numpy(np.concatenate(indices)), tokens.device).split([len(index) for index in indices])
     sources, positions, segments, starts, ids_there, asking, places_there = sent
     words = F.embedding(ids_there, word_table)
