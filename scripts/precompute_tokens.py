@@ -1,4 +1,4 @@
-"""Encode images once and store their tokens: compressed ones of a trained checkpoint, or patch tokens to train from.
+"""Encode images once and store their tokens: compressed by a trained checkpoint, or patch tokens to train from.
 
 Compressed tokens, to rerank and to evaluate from:
     torchrun --nproc_per_node=8 scripts/precompute_tokens.py --checkpoint runs/demo --images photos --out photos.store
@@ -9,22 +9,20 @@ Patch tokens of a data set and the embeddings of its captions, to train from (da
 Images in WebDataset shards, as img2dataset writes them:
     python scripts/precompute_tokens.py --checkpoint runs/demo --shards "cc12m/{00000..01242}.tar" --out cc12m.store
 
-Ids are paths relative to the folder or root, those of shards SHARD/MEMBER. A killed run continues with the same
-command: shards of the store that are finished stay, and the manifest, written last, makes it readable.
+Ids are paths relative to the folder or root; in shards, SHARD/MEMBER. The same command continues a killed run: the
+store's finished shards are kept, and the manifest, written last, makes the store readable.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
-from torch.utils.data import Subset
 
 from data.caption_datasets import CaptionDataset, load_annotations
 from data.webdataset_shards import load_shards
@@ -32,23 +30,23 @@ from models.config import BackboneConfig
 from models.distributed import DistributedContext, process_group
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
-from models.stores.indexing import ImageSource, find_images, precompute, precompute_captions, unreadable_images
-from models.stores.store_format import DTYPES
+from models.stores.codecs import CODECS
+from models.stores.indexing import Images, ImageSource, find_images, precompute, precompute_captions, unreadable_images
 from models.stores.token_store import TokenStore
 from models.vision.backbones import Backbone
 
 
 @dataclass
 class Items:
-    """What is to be encoded: N images under N ids, and the captions of an annotation file or of shards."""
+    """What to encode: N images under N ids, and the captions of an annotation file or of shards."""
 
-    images: Sequence[ImageSource]
+    images: Images
     ids: list[str]
     captions: list[str]
 
 
 @dataclass(frozen=True)
-class DecodedImages(Sequence[Image.Image]):
+class DecodedImages:
     """Images of a data set that have no files of their own, read when asked for."""
 
     dataset: CaptionDataset
@@ -56,18 +54,32 @@ class DecodedImages(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, i: int) -> Image.Image:
-        return self.dataset.open_image(i)
+    def __getitem__(self, row: int) -> Image.Image:
+        return self.dataset.open_image(row)
+
+
+@dataclass(frozen=True)
+class SelectedImages:
+    """Some rows of other images."""
+
+    images: Images
+    rows: list[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> ImageSource:
+        return self.images[self.rows[row]]
 
 
 def read_items(args: argparse.Namespace, distributed: DistributedContext) -> Items:
-    """What --images or --shards names."""
+    """The images and captions named by --images or --shards."""
     if args.images is not None:
         if args.index is not None:
-            raise UserError(f"--index {args.index}: only shards have one; pass --shards or leave it out")
+            raise UserError(f"--index {args.index}: only shards have an index; pass --shards, or drop --index")
         return read_image_files(args.images, args.root, args.split)
     if args.split is not None:
-        raise UserError(f"--split {args.split}: shards have no splits; name those of the split")
+        raise UserError(f"--split {args.split}: shards have no splits; name only the shards of the split")
     index = args.index or args.out.with_name(f"{args.out.name}.index")
     with distributed.main_first():
         dataset = load_shards(args.shards, args.root or Path(), index, args.workers)
@@ -75,9 +87,9 @@ def read_items(args: argparse.Namespace, distributed: DistributedContext) -> Ite
 
 
 def read_image_files(images: Path, root: Path | None, split: str | None) -> Items:
-    """Images of a folder, of an annotation file (.json), or of a text file with one path a line.
+    """Images of a folder, of an annotation file (.json), or of a text file with one path per line.
 
-    `root` is what the file's paths are relative to, by default the folder that it lies in."""
+    `root`: the folder that the file's paths are relative to, by default the file's own."""
     if images.suffix == ".json":
         dataset = load_annotations(images, root or images.parent, split)
         return Items([dataset.path(i) for i in range(len(dataset))], list(dataset.image_ids), list(dataset.captions))
@@ -86,7 +98,7 @@ def read_image_files(images: Path, root: Path | None, split: str | None) -> Item
     else:
         ids, root = _read_lines(images), root or images.parent
     if split is not None:
-        raise UserError(f"--split {split}: {images} has no splits; pass an annotation file (.json) or leave it out")
+        raise UserError(f"--split {split}: {images} has no splits; pass an annotation file (.json), or drop --split")
     return Items([root / item_id for item_id in ids], ids, [])
 
 
@@ -96,23 +108,23 @@ def _read_lines(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{file}: cannot be read as a list of images ({error}); pass a folder, an annotation file (.json) or a "
-            "text file with one path a line"
+            "text file with one path per line"
         ) from None
     return [line.strip() for line in lines if line.strip()]
 
 
 def leave_out_unreadable(items: Items, distributed: DistributedContext, num_workers: int) -> None:
-    """Decode every image once and drop, by name, those that cannot be read."""
+    """Decode every image once, and drop and name those that cannot be read."""
     bad = unreadable_images(items.images, distributed, num_workers)
     if distributed.is_main:
         for reason in bad.values():
             print(f"left out: {reason}", file=sys.stderr)
     kept = [i for i in range(len(items.ids)) if i not in bad]
-    items.images, items.ids = Subset(items.images, kept), [items.ids[i] for i in kept]
+    items.images, items.ids = SelectedImages(items.images, kept), [items.ids[i] for i in kept]
 
 
 def load_models(args: argparse.Namespace, distributed: DistributedContext) -> tuple[Backbone, EDJE | None]:
-    """The checkpoint and its backbone, or the backbone that the options name, without a model."""
+    """The backbone and the model of the checkpoint, or the backbone named by the options and no model."""
     if args.checkpoint is not None:
         model = EDJE.from_pretrained(args.checkpoint, device=distributed.device)
         return Backbone.load(model.config.backbone, distributed.device, args.precision), model
@@ -135,7 +147,7 @@ def describe(store: TokenStore, what: str) -> str:
 def run(args: argparse.Namespace, distributed: DistributedContext) -> None:
     items = read_items(args, distributed)
     if args.more_captions and args.captions is None:
-        raise UserError("--more-captions: there is no store for them; pass --captions STORE or leave it out")
+        raise UserError("--more-captions: needs a store to write to; pass --captions STORE, or drop it")
     if args.captions is not None and not items.captions:
         raise UserError(f"--captions {args.captions}: {args.images} has no captions; pass an annotation file or shards")
     for file in args.more_captions:
@@ -176,10 +188,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--more-captions", type=Path, nargs="+", default=[], metavar="FILE", help="annotation files: their captions too"
     )
-    parser.add_argument("--dtype", default="float16", choices=list(DTYPES), help="of stored tokens (%(default)s)")
+    parser.add_argument("--dtype", default="float16", choices=list(CODECS), help="of the stored tokens (%(default)s)")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of the backbone")
-    parser.add_argument("--batch-size", type=int, default=32, help="images a backbone pass (%(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes a rank that decode images (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per backbone pass (%(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="processes per rank that decode images (%(default)s)")
     parser.add_argument("--skip-unreadable", action="store_true", help="list unreadable images and leave them out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     return parser.parse_args()

@@ -1,16 +1,17 @@
-"""Images and captions into a token store: one pass of the backbone an image, shared out over ranks, resumable.
+"""Images and captions into a token store: one backbone pass per image, divided among the ranks, resumable.
 
     precompute("runs/demo/tokens", paths, ids, backbone, model)       # compressed tokens [m, H] of a trained model
     precompute("runs/demo/patches", paths, ids, backbone)             # patch tokens [P, Dv], to train from
     precompute_captions("runs/demo/captions", captions, backbone)     # text embeddings alone
 
-A killed run goes on at the first missing shard. Batches never cross a shard, so a resumed store has the same bytes.
+A killed run continues at the first missing shard. Batches never cross a shard, so a resumed store has the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -24,16 +25,23 @@ from ..errors import UserError
 from ..matching import MatchPass
 from ..vision.backbones import Backbone
 from ..vision.images import ImageError, open_image
-from .store_format import DTYPES
+from .codecs import Codec
 from .token_store import TokenStore, TokenStoreWriter
 
-ImageSource = str | Path | Image.Image
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-CAPTION_BATCH = 256
+ImageSource = str | Path | Image.Image
+
+
+class Images(Protocol):
+    """N image sources by row: a list of them, or anything that reads one when asked for it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> ImageSource: ...
 
 
 def find_images(folder: str | Path) -> list[str]:
-    """Image files below a folder as paths relative to it, sorted; known by their suffix. Raises UserError if none."""
+    """Image files under a folder, by suffix: paths relative to it, sorted. Raises UserError if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; pass a folder of images")
@@ -43,13 +51,13 @@ def find_images(folder: str | Path) -> list[str]:
         if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
     )
     if not found:
-        raise UserError(f"{folder}: no images in it; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise UserError(f"{folder}: it holds no images; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
     return found
 
 
 def precompute(
     path: str | Path,
-    images: Sequence[ImageSource],
+    images: Images,
     ids: Sequence[str],
     backbone: Backbone,
     model: MatchPass | None = None,
@@ -60,10 +68,10 @@ def precompute(
     num_workers: int = 0,
     progress: bool = True,
 ) -> TokenStore:
-    """Store the tokens of N images under N ids: compressed by `model`, or patch tokens where it is None.
+    """Store the tokens of N images under N ids: compressed by `model`, or the patch tokens if it is None.
 
-    Called by every rank with the same arguments; each writes shards of its own. Raises UserError naming the unreadable
-    images, if there are any, after everything else was written: mended or left out, the same call goes on."""
+    Called by every rank with the same arguments; each writes its own shards. If images are unreadable, raises UserError
+    naming them once all other shards are written; with these images fixed, the same call completes the store."""
     distributed = distributed or DistributedContext()
     writer = image_store_writer(path, ids, backbone, model, dtype)
     compress = model.compress if model is not None else lambda patch_tokens: patch_tokens
@@ -78,7 +86,7 @@ def precompute(
                 batch, unread = next(pixels)
                 bad += unread
                 if not bad:
-                    parts.append(_encode(backbone, compress, batch, DTYPES[dtype]))
+                    parts.append(_encode(backbone, compress, batch, writer.manifest.codec))
                 bar.update(len(rows))
             if not bad:
                 writer.write_shard(shard, *map(torch.cat, zip(*parts, strict=True)))
@@ -95,10 +103,9 @@ def precompute_captions(
     distributed: DistributedContext | None = None,
     progress: bool = True,
 ) -> TokenStore:
-    """Store the text embeddings of raw captions, equal ones once; the captions are the ids. Called by every rank."""
+    """Store the text embeddings of raw captions, each distinct one once; its id is its text. Called by every rank."""
     distributed, captions = distributed or DistributedContext(), list(dict.fromkeys(captions))
-    sizes = dict(tokens_per_item=0, width=0, embedding_width=backbone.dims.embedding_width, dtype="float16")
-    writer = TokenStoreWriter(path, captions, backbone_fingerprint=backbone.fingerprint, **sizes)
+    writer = TokenStoreWriter(path, captions, 0, 0, backbone.dims.embedding_width, "float16", backbone.fingerprint)
     own = _own_shards(writer, distributed)
     with _progress_bar(writer, own, distributed, "caption", progress) as bar:
         for shard in own:
@@ -112,7 +119,7 @@ def precompute_captions(
 def image_store_writer(
     path: str | Path, ids: Sequence[str], backbone: Backbone, model: MatchPass | None, dtype: str
 ) -> TokenStoreWriter:
-    """The writer of a store of compressed tokens (of `model`) or of patch tokens (without one)."""
+    """A writer for compressed tokens of `model`, or for patch tokens if it is None."""
     dims = backbone.dims
     tokens_per_item, width, adapter = dims.num_patches, dims.patch_width, ""
     if model is not None:
@@ -125,9 +132,9 @@ def image_store_writer(
 
 
 def unreadable_images(
-    images: Sequence[ImageSource], distributed: DistributedContext, num_workers: int = 0, progress: bool = True
+    images: Images, distributed: DistributedContext, num_workers: int = 0, progress: bool = True
 ) -> dict[int, str]:
-    """Decode all images without encoding them: number of each that cannot be read, and why. Called by every rank."""
+    """Decode all images without encoding them: row of each unreadable image -> why. Called by every rank."""
     own = [[i] for i in range(distributed.rank, len(images), distributed.size)]
     results = read_images(images, None, own, num_workers)
     shown = tqdm(results, desc="check", unit="image", total=len(own), disable=not (progress and distributed.is_main))
@@ -136,60 +143,62 @@ def unreadable_images(
 
 
 class _ImageBatches(Dataset):
-    """Item: image numbers -> preprocessed images [n, 3, S, S] and one line for each that could not be read."""
+    """Rows of images -> preprocessed images [n, 3, S, S], and one line for each that could not be read."""
 
-    def __init__(self, images: Sequence[ImageSource], preprocess: Callable[[Image.Image], Tensor] | None):
+    def __init__(self, images: Images, preprocess: Callable[[Image.Image], Tensor] | None):
         self.images, self.preprocess = images, preprocess
 
     def __getitem__(self, rows: list[int]) -> tuple[Tensor | None, list[str]]:
-        pixels, unreadable = [], []
+        pixels: list[Tensor] = []
+        unreadable = []
         for row in rows:
             try:
                 image = open_image(self.images[row])
             except ImageError as error:
                 unreadable.append(str(error))
             else:
-                pixels.append(self.preprocess(image) if self.preprocess else None)
-        return (torch.stack(pixels) if self.preprocess and pixels else None), unreadable
+                if self.preprocess:
+                    pixels.append(self.preprocess(image))
+        return (torch.stack(pixels) if pixels else None), unreadable
 
 
 def read_images(
-    images: Sequence[ImageSource],
+    images: Images,
     preprocess: Callable[[Image.Image], Tensor] | None,
     batches: list[list[int]],
     num_workers: int,
 ) -> DataLoader:
-    """Batches of pixels [n, 3, S, S] and of what was unreadable, in order; `num_workers` processes read ahead.
+    """For each batch, in order: pixels [n, 3, S, S], and one line per unreadable image; `num_workers` read ahead.
 
-    Without `preprocess` images are decoded only, and the pixels are None."""
+    Without `preprocess` images are only decoded, and the pixels are None."""
     return DataLoader(
         _ImageBatches(images, preprocess),
         batch_size=None,
         sampler=batches,
         num_workers=num_workers if batches else 0,
-        generator=torch.Generator(),  # a loader draws a seed for its workers; the caller's random state stays as it was
+        generator=torch.Generator(),  # of its own: a loader draws a seed for its workers, from the caller's state else
     )
 
 
 def _encode(
-    backbone: Backbone, compress: Callable[[Tensor], Tensor], pixels: Tensor, dtype: torch.dtype
+    backbone: Backbone, compress: Callable[[Tensor], Tensor], pixels: Tensor, codec: Codec
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [n, m, H] and embeddings [n, De] of one batch, on the CPU; tokens as small as the store keeps them."""
+    """Tokens [n, m, H] and embeddings [n, De] of one batch, on the CPU; tokens in the store's dtype if torch has it."""
     with torch.inference_mode():
         features = backbone.encode_images(pixels)
         tokens = compress(features.patch_tokens)
-        return tokens.to("cpu", tokens.dtype if dtype == torch.int8 else dtype), features.embedding.cpu()
+        return tokens.to("cpu", codec.torch_dtype or tokens.dtype), features.embedding.cpu()
 
 
 def _own_shards(writer: TokenStoreWriter, distributed: DistributedContext) -> list[int]:
-    """This rank's share of the missing shards; all ranks have looked before any of them writes."""
+    """This rank's share of the missing shards; no rank writes before all have listed them."""
     missing = writer.missing_shards()
     distributed.barrier()
     return missing[distributed.rank :: distributed.size]
 
 
 def _batches(writer: TokenStoreWriter, shards: list[int], batch_size: int) -> list[list[list[int]]]:
-    """For each shard its item numbers in batches."""
+    """For each shard, its items' rows in batches."""
     manifest = writer.manifest
     starts = [(shard * manifest.items_per_shard, manifest.shard_items(shard)) for shard in shards]
     return [
@@ -201,7 +210,7 @@ def _batches(writer: TokenStoreWriter, shards: list[int], batch_size: int) -> li
 def _progress_bar(
     writer: TokenStoreWriter, own: list[int], distributed: DistributedContext, unit: str, shown: bool
 ) -> tqdm:
-    """This rank's items, with rate and time left; the ranks have equal shares."""
+    """This rank's items, with rate and time left."""
     total = sum(writer.manifest.shard_items(shard) for shard in own)
     name = writer.path.name if distributed.size == 1 else f"{writer.path.name} (1 of {distributed.size} ranks)"
     return tqdm(total=total, desc=name, unit=unit, disable=not (shown and distributed.is_main), dynamic_ncols=True)
@@ -210,7 +219,7 @@ def _progress_bar(
 def _refuse_unreadable(lines: list[str]) -> None:
     if lines:
         others = f" ({len(lines)} images are unreadable; the others: {'; '.join(lines[1:])})" if lines[1:] else ""
-        raise UserError(f"{lines[0]}{others}; all other shards are written, run the same command again after the mend")
+        raise UserError(f"{lines[0]}{others}; fix or remove these images, then rerun")
 
 
 def _finish(writer: TokenStoreWriter, distributed: DistributedContext) -> TokenStore:

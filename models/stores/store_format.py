@@ -1,8 +1,4 @@
-"""The token store's format, version 1: manifest, bytes of a record, and files that appear whole or not at all.
-
-int8: one float16 scale a token, kept behind the token's values. With step = max(largest magnitude of the token / 127,
-2^-14), a value comes back within 0.57 steps. Letters: n items, m tokens an item, H token width, De embedding width.
-"""
+"""The token store's format, version 1: manifest and lengths of the files; codecs.py has the bytes of a token."""
 
 from __future__ import annotations
 
@@ -13,22 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..config_io import from_dict, to_dict
 from ..errors import UserError
+from .codecs import CODECS, Codec, make_codec
 
 FORMAT, VERSION = "edje-token-store", 1
 MANIFEST, PLAN, IDS = "manifest.json", "unfinished.json", "ids.jsonl"
 CHECKSUM_BYTES = 32
-"""SHA-256 at the end of every shard, over all that lies before it."""
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+"""SHA-256 at the end of every shard, of all bytes before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """A file of the store as it must be found."""
+    """Name, length and checksum that one of the store's files must have."""
 
     file: str
     bytes: int
@@ -37,7 +30,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreManifest:
-    """What manifest.json says; `unfinished.json`, while a store is written, is the same without checksums of shards."""
+    """The content of manifest.json, and of unfinished.json while a store is written: the same, but for the shards."""
 
     format: str = FORMAT
     version: int = VERSION
@@ -51,19 +44,19 @@ class StoreManifest:
     embedding_width: int
     dtype: str
     items_per_shard: int
-    """Items of every shard but the last."""
+    """Items in every shard except the last, which may have fewer."""
     ids: FileRecord
     shards: tuple[FileRecord, ...] = ()
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes of one token: its values and, for int8, its scale."""
-        return self.width * DTYPES[self.dtype].itemsize + (2 if self.dtype == "int8" else 0)
+    def codec(self) -> Codec:
+        """Encodes and decodes the store's tokens."""
+        return make_codec(self.dtype, self.width)
 
     @property
     def record_bytes(self) -> int:
         """Bytes of one item's tokens, e.g. 49,152."""
-        return self.tokens_per_item * self.token_bytes
+        return self.tokens_per_item * self.codec.token_bytes
 
     @property
     def num_shards(self) -> int:
@@ -82,7 +75,7 @@ def shard_name(shard: int) -> str:
 
 
 def default_items_per_shard(count: int) -> int:
-    """At most 512 shards, so that a store's files can all stay open; at least 64 items, so that few are tiny."""
+    """At most 512 shards, so that all of a store's files can stay open; at least 64 items in each."""
     return max(64, math.ceil(count / 512))
 
 
@@ -90,7 +83,7 @@ def read_manifest(path: Path) -> StoreManifest:
     """The manifest of a finished store. Raises UserError if there is none, or if it contradicts itself."""
     if not (path / MANIFEST).is_file():
         if (path / PLAN).is_file():
-            raise UserError(f"{path}: an unfinished token store; run the same command again, it continues")
+            raise UserError(f"{path}: an unfinished token store; run the same command again to continue it")
         raise UserError(
             f"{path}: no token store there ({MANIFEST} is missing); make one with scripts/precompute_tokens.py"
         )
@@ -98,14 +91,14 @@ def read_manifest(path: Path) -> StoreManifest:
     expected = [(shard_name(i), manifest.shard_bytes(i)) for i in range(manifest.num_shards)]
     if [(record.file, record.bytes) for record in manifest.shards] != expected or manifest.ids.file != IDS:
         raise UserError(
-            f"{path / MANIFEST}: the files it lists do not fit its count, widths and dtype: changed or corrupt; "
-            "rebuild the store"
+            f"{path / MANIFEST}: the files it lists do not fit its count, widths and dtype; it was changed or is "
+            "corrupt; rebuild the store"
         )
     return manifest
 
 
 def parse_manifest(file: Path) -> StoreManifest:
-    """Read manifest.json or unfinished.json. Raises UserError: not JSON, no token store, newer version, wrong keys."""
+    """Read manifest.json or unfinished.json. Raises UserError: not JSON, not a store, a newer version, wrong keys."""
     try:
         data: Any = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -121,8 +114,8 @@ def parse_manifest(file: Path) -> StoreManifest:
         )
     manifest = from_dict(StoreManifest, data, where=str(file))
     sizes = (manifest.tokens_per_item, manifest.width, manifest.embedding_width)
-    if manifest.dtype not in DTYPES or min(sizes) < 0 or min(manifest.count, manifest.items_per_shard) < 1:
-        raise UserError(f"{file}: impossible dtype, width or count: changed or corrupt; rebuild the store")
+    if manifest.dtype not in CODECS or min(sizes) < 0 or min(manifest.count, manifest.items_per_shard) < 1:
+        raise UserError(f"{file}: impossible dtype, width or count; it was changed or is corrupt; rebuild the store")
     return manifest
 
 
@@ -148,29 +141,8 @@ def read_ids(file: Path, manifest: StoreManifest) -> list[str]:
     """Raises UserError if the file is not what the manifest's checksum says."""
     lines = file.read_bytes()
     if hashlib.sha256(lines).hexdigest() != manifest.ids.sha256:
-        raise UserError(f"{file}: its content does not match the checksum in {MANIFEST}: corrupt; rebuild the store")
+        raise UserError(f"{file}: corrupt, its content does not match the checksum in {MANIFEST}; rebuild the store")
     return json.loads(b"[" + b",".join(lines.splitlines()) + b"]")
-
-
-def encode(tokens: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """Tokens [n, m, H] as bytes [n, m, token_bytes] uint8, and whether each item survives it, [n] bool."""
-    if dtype != "int8":
-        encoded = tokens.to(DTYPES[dtype]).contiguous()
-        return encoded.view(torch.uint8), encoded.isfinite().all(-1).all(-1)
-    tokens = tokens.float()
-    largest = tokens.abs().amax(-1, keepdim=True) if tokens.shape[-1] else tokens.new_zeros(*tokens.shape[:2], 1)
-    scales = (largest / 127).half()
-    # A token too small for any float16 scale has scale 0 and comes back as zeros; 0/0 as int8 is undefined.
-    values = (tokens / scales.float()).nan_to_num().round().clamp(-127, 127).to(torch.int8)
-    encoded = torch.cat([values.view(torch.uint8), scales.view(torch.uint8)], dim=-1)
-    return encoded, scales.isfinite().all(-1).all(-1)
-
-
-def decode(raw: Tensor, dtype: str) -> Tensor:
-    """Bytes [n, m, token_bytes] -> tokens [n, m, H]: float16 or bfloat16 as stored, float16 from int8."""
-    if dtype != "int8":
-        return raw.view(DTYPES[dtype]) if raw.shape[-1] else raw.to(DTYPES[dtype])
-    return raw[..., :-2].view(torch.int8).half() * raw[..., -2:].contiguous().view(torch.float16)
 
 
 def has_size(file: Path, size: int) -> bool:
@@ -180,18 +152,20 @@ def has_size(file: Path, size: int) -> bool:
 def check_size(file: Path, size: int) -> None:
     """Raises UserError if the file is absent or not of the length that the manifest says."""
     if not file.is_file():
-        raise UserError(f"{file}: missing, {MANIFEST} lists it; run the same command that made the store to rewrite it")
+        raise UserError(
+            f"{file}: missing, but {MANIFEST} lists it; rerun the command that made the store to rewrite it"
+        )
     if (found := file.stat().st_size) != size:
         what = "truncated" if found < size else "not this store's file"
         raise UserError(
             f"{file}: has {found:,} bytes, {MANIFEST} says {size:,}: {what}; "
-            "run the same command that made the store to rewrite it"
+            "rerun the command that made the store to rewrite it"
         )
 
 
-def file_checksum(file: Path, leave_out: int) -> str:
-    """SHA-256 of a file without its last `leave_out` bytes."""
-    digest, left = hashlib.sha256(), file.stat().st_size - leave_out
+def file_checksum(file: Path, trailing_bytes: int) -> str:
+    """SHA-256 of a file without its last `trailing_bytes`."""
+    digest, left = hashlib.sha256(), file.stat().st_size - trailing_bytes
     with file.open("rb") as stream:
         while left and (part := stream.read(min(left, 1 << 20))):
             digest.update(part)

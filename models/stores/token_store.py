@@ -1,4 +1,4 @@
-"""Tokens on disk, format version 1: what the backbone or the adapter made of each image, computed once and read by id.
+"""Tokens on disk, format version 1: the backbone's or the adapter's output for each image, computed once, read by id.
 
     store = TokenStore.open("runs/demo/tokens")
     store.gather(["images/0001.jpg"])                # [1, 64, 384]; other records are not touched
@@ -6,23 +6,22 @@
 
 A store is a directory:
     manifest.json      format version, fingerprints of backbone and adapter, sizes, checksums; written last
-    ids.jsonl          one JSON string a line, in order of the records
+    ids.jsonl          one JSON string per line, in the order of the records
     shard-00000.bin    tokens [n, m, H], embeddings [n, De] float32, SHA-256 of both (32 bytes)
 Three kinds share the format: compressed tokens [m, H], patch tokens [P, Dv] (adapter fingerprint empty), and caption
 embeddings (no tokens, ids are the captions). A 64 x 384 record in float16 has 49,152 bytes; manifest, ids and checksums
 add less than 1% to it. Embeddings stay float32: rounded ones would change the order of the first stage.
 
-dtypes: float16, bfloat16, or int8 with one float16 scale a token, kept behind the token's values. With
-step = max(largest magnitude of the token / 127, 2^-14), an int8 value comes back within 0.57 steps.
+dtypes are codecs.py's: float16, bfloat16, or int8 with a scale per token.
 
-Letters: n items, m tokens an item, H token width, De embedding width.
+Letters: n items, m tokens per item, H token width, De embedding width.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -33,19 +32,17 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import write_atomically
+from .codecs import CODECS
 from .store_format import (
     CHECKSUM_BYTES,
-    DTYPES,
     IDS,
     MANIFEST,
     PLAN,
     FileRecord,
     StoreManifest,
     check_size,
-    decode,
     default_items_per_shard,
     difference,
-    encode,
     file_checksum,
     has_size,
     id_lines,
@@ -57,7 +54,7 @@ from .store_format import (
 )
 
 READ_AHEAD_ROWS = 256
-"""Reads that are announced to the kernel together."""
+"""Reads announced to the kernel at a time."""
 
 
 class TokenStore:
@@ -79,10 +76,10 @@ class TokenStore:
             check_size(path / record.file, record.bytes)
         return cls(path, manifest, read_ids(path / IDS, manifest))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[Path], TokenStore], tuple[Path]]:
         return TokenStore.open, (self.path,)
 
-    def __del__(self):
+    def __del__(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
 
@@ -106,7 +103,7 @@ class TokenStore:
 
     @property
     def dtype(self) -> str:
-        """float16, bfloat16 or int8."""
+        """float16, bfloat16 or int8: a name in codecs.CODECS."""
         return self.manifest.dtype
 
     @cached_property
@@ -116,19 +113,19 @@ class TokenStore:
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """Rows [n] int64 of the ids. Raises UserError naming the first id that the store does not have."""
         if isinstance(ids, str):
-            raise UserError(f"{self.path}: ids are the text {ids!r}; pass a list of ids")
+            raise UserError(f"{self.path}: ids is the string {ids!r}; pass a list of ids")
         try:
             return np.fromiter((self._row_of[item_id] for item_id in ids), np.int64, len(ids))
         except KeyError as error:
             raise UserError(
                 f"{self.path}: no item {error.args[0]!r} among its {len(self)} ids (the first is {self.ids[0]!r}); "
-                "rebuild the store with it, or use ids as store.ids lists them"
+                "use ids listed in store.ids, or rebuild the store with this item"
             ) from None
 
     def gather(self, ids: Sequence[str], tokens: int | None = None) -> Tensor:
         """Tokens of the items in the order given, duplicates included: [n, m, H], or the first `tokens` of each.
 
-        float16 or bfloat16 as stored; int8 comes back as float16. Raises UserError for an unknown id."""
+        float16 and bfloat16 come back as stored, int8 as float16. Raises UserError for an unknown id."""
         return self.gather_rows(self.rows(ids), tokens)
 
     def gather_rows(self, rows: np.ndarray, tokens: int | None = None) -> Tensor:
@@ -136,9 +133,10 @@ class TokenStore:
         manifest = self.manifest
         tokens = self.tokens_per_item if tokens is None else tokens
         if not 0 <= tokens <= self.tokens_per_item:
-            raise UserError(f"{self.path}: {tokens} tokens an item asked for; the store has {self.tokens_per_item}")
-        raw = self._read(rows, manifest.record_bytes, tokens * manifest.token_bytes, in_embeddings=False)
-        return decode(raw.view(len(raw), tokens, manifest.token_bytes), manifest.dtype)
+            raise UserError(f"{self.path}: {tokens} tokens per item requested; the store has {self.tokens_per_item}")
+        codec = manifest.codec
+        raw = self._read(rows, manifest.record_bytes, tokens * codec.token_bytes, in_embeddings=False)
+        return codec.decode(raw.view(len(raw), tokens, codec.token_bytes))
 
     def gather_embeddings(self, ids: Sequence[str]) -> Tensor:
         """First-stage embeddings of the items, [n, De] float32."""
@@ -150,51 +148,51 @@ class TokenStore:
         return self._read(rows, num_bytes, num_bytes, in_embeddings=True).view(torch.float32)
 
     def check(self, backbone: str, adapter: str | None = None) -> None:
-        """Raises UserError naming both fingerprints if the tokens were made by another backbone, or another adapter.
+        """Raises UserError naming both fingerprints if another backbone or adapter made the tokens.
 
-        adapter: "" where patch tokens are wanted; None where any will do."""
-        where, mend = self.path / MANIFEST, "rebuild the store with scripts/precompute_tokens.py"
+        adapter: "" for patch tokens, None to accept any adapter."""
+        where, fix = self.path / MANIFEST, "rebuild the store with scripts/precompute_tokens.py"
         if self.manifest.backbone != backbone:
-            raise UserError(f"{where}: made by backbone {self.manifest.backbone}, but {backbone} is used here; {mend}")
+            raise UserError(f"{where}: made by backbone {self.manifest.backbone}, but {backbone} is used here; {fix}")
         if adapter is not None and self.manifest.adapter != adapter:
             found, wanted = (f"adapter {name}" if name else "no adapter" for name in (self.manifest.adapter, adapter))
-            raise UserError(f"{where}: made by {found}, but {wanted} is used here; {mend}")
+            raise UserError(f"{where}: made by {found}, but {wanted} is used here; {fix}")
 
     def verify(self) -> None:
-        """Read every byte and compare checksums. Raises UserError naming the first file that was changed."""
+        """Read every byte and compare checksums. Raises UserError naming the first file that does not match."""
         for record in (self.manifest.ids, *self.manifest.shards):
             file = self.path / record.file
             if file_checksum(file, 0 if file.name == IDS else CHECKSUM_BYTES) != record.sha256:
                 raise UserError(
-                    f"{file}: its content does not match the checksum in {MANIFEST}: corrupt; "
-                    "delete this file and run the same command that made the store"
+                    f"{file}: corrupt, its content does not match the checksum in {MANIFEST}; "
+                    "delete this file and rerun the command that made the store"
                 )
 
     def _read(self, rows: np.ndarray, stride: int, num_bytes: int, in_embeddings: bool) -> Tensor:
         """The first `num_bytes` of each row's record, [n, num_bytes] uint8."""
         rows = np.asarray(rows, np.int64)
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
-            raise IndexError(f"{self.path}: rows {rows.min()} to {rows.max()} asked for; it has {len(self)}")
+            raise IndexError(f"{self.path}: rows {rows.min()} to {rows.max()} requested; it has {len(self)}")
         raw = np.empty((len(rows), num_bytes), np.uint8)
         if not num_bytes:
             return torch.from_numpy(raw)
-        shards, places = (part.tolist() for part in np.divmod(rows, self.manifest.items_per_shard))
+        shards, positions = (part.tolist() for part in np.divmod(rows, self.manifest.items_per_shard))
         for start in range(0, len(rows), READ_AHEAD_ROWS):
             reads = []
             for i in range(start, min(start + READ_AHEAD_ROWS, len(rows))):
                 section = self.manifest.shard_items(shards[i]) * self.manifest.record_bytes if in_embeddings else 0
-                reads.append((self._descriptor(shards[i]), section + places[i] * stride, raw[i]))
+                reads.append((self._descriptor(shards[i]), section + positions[i] * stride, raw[i].data))
             self._read_block(reads)
         return torch.from_numpy(raw)
 
-    def _read_block(self, reads: list[tuple[int, int, np.ndarray]]) -> None:
-        """Read at (descriptor, offset) into each buffer; the disk sees all the reads at once, so cold ones overlap."""
+    def _read_block(self, reads: list[tuple[int, int, memoryview]]) -> None:
+        """Read at (descriptor, offset) into each buffer; all are announced first, so that reads from disk overlap."""
         if hasattr(os, "posix_fadvise"):
             for descriptor, offset, buffer in reads:
                 os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
         for descriptor, offset, buffer in reads:
             if os.preadv(descriptor, [buffer], offset) != len(buffer):
-                raise UserError(f"{self.path}: a shard became shorter while in use; rebuild the store")
+                raise UserError(f"{self.path}: a shard was cut short while in use; rebuild the store")
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._files:
@@ -205,10 +203,10 @@ class TokenStore:
 
 
 class TokenStoreWriter:
-    """Writes a store shard by shard; what a killed writer finished stays, and a new writer goes on with the rest.
+    """Writes a store shard by shard; finished shards survive a kill, and a new writer continues with the missing ones.
 
-    Every process of a run makes a writer with the same arguments and writes shards of its own; when all are through,
-    one of them calls finish(). Raises UserError if ids repeat, or if the directory holds anything else."""
+    Every process of a run creates a writer with the same arguments and writes its own shards; when all are done, one
+    of them calls finish(). Raises UserError if an id repeats, or if the directory holds anything else."""
 
     def __init__(
         self,
@@ -223,8 +221,8 @@ class TokenStoreWriter:
         items_per_shard: int | None = None,
     ):
         self.path, self.ids = Path(path), list(ids)
-        if dtype not in DTYPES:
-            raise UserError(f"{path}: dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+        if dtype not in CODECS:
+            raise UserError(f"{path}: dtype is {dtype!r}; expected one of {', '.join(CODECS)}")
         _refuse_duplicates(self.path, self.ids)
         lines = id_lines(self.ids)
         self.manifest = StoreManifest(
@@ -241,14 +239,14 @@ class TokenStoreWriter:
         self._begin(lines)
 
     def _begin(self, lines: bytes) -> None:
-        """Take possession of the directory, or find that it holds a part of this very store."""
+        """Create the directory, or check that it holds a part of this same store."""
         begun = [self.path / name for name in (MANIFEST, PLAN) if (self.path / name).exists()]
         if begun:
             there = replace(parse_manifest(begun[0]), shards=())
             if there != self.manifest:
                 raise UserError(f"{begun[0]}: {difference(there, self.manifest)}; delete it or choose another path")
         elif self._holds_other_files():
-            raise UserError(f"{self.path}: holds files that are no token store; choose another path")
+            raise UserError(f"{self.path}: holds other files, no token store; choose another path")
         self.path.mkdir(parents=True, exist_ok=True)
         if not begun:
             write_atomically(self.path / PLAN, [manifest_text(self.manifest)])
@@ -256,7 +254,7 @@ class TokenStoreWriter:
             write_atomically(self.path / IDS, [lines])
 
     def _holds_other_files(self) -> bool:
-        """Whether the path is a file, or a directory with files that no other rank's writer has just put there."""
+        """Whether the path is a file, or a directory with files that no rank's writer creates before the shards."""
         if not self.path.exists():
             return False
         own = (PLAN, IDS)
@@ -265,7 +263,7 @@ class TokenStoreWriter:
         )
 
     def missing_shards(self) -> list[int]:
-        """Shards that are absent or of the wrong length, ascending."""
+        """Numbers of the shards that are absent or of the wrong length, ascending."""
         return [
             shard
             for shard in range(self.manifest.num_shards)
@@ -277,27 +275,27 @@ class TokenStoreWriter:
         return self.ids[start : start + self.manifest.items_per_shard]
 
     def write_shard(self, shard: int, tokens: Tensor, embeddings: Tensor) -> None:
-        """Write one shard, durable when this returns: tokens [n, m, H] and embeddings [n, De], any device and dtype.
+        """Write one shard and flush it to disk: tokens [n, m, H] and embeddings [n, De], any device and dtype.
 
-        Raises UserError naming the item if a value is not finite, or too large for float16."""
+        Raises UserError naming the item if a value is not finite, or too large for the store's dtype."""
         manifest, ids = self.manifest, self.shard_ids(shard)
         expected = (len(ids), manifest.tokens_per_item, manifest.width), (len(ids), manifest.embedding_width)
         if (tuple(tokens.shape), tuple(embeddings.shape)) != expected:
             raise ValueError(f"shard {shard}: shapes {tokens.shape} and {embeddings.shape}; expected {expected}")
         embeddings = embeddings.detach().to("cpu", torch.float32).contiguous()
-        encoded, finite = encode(tokens.detach().cpu(), manifest.dtype)
+        encoded, finite = manifest.codec.encode(tokens.detach().cpu())
         finite &= embeddings.isfinite().all(-1)
         if not finite.all():
             bad = ids[int(finite.logical_not().nonzero()[0])]
             raise UserError(f"{bad}: its tokens are not finite in {manifest.dtype}; check the weights, or use bfloat16")
-        parts = [memoryview(part.numpy()).cast("B") for part in (encoded, embeddings.view(torch.uint8)) if part.numel()]
+        parts = [part.numpy().data.cast("B") for part in (encoded, embeddings.view(torch.uint8)) if part.numel()]
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
         write_atomically(self.path / shard_name(shard), [*parts, digest.digest()])
 
     def finish(self) -> None:
-        """Write the manifest, which makes the store readable; for one process, when every shard is there."""
+        """Write the manifest, which makes the store readable; called by one process, once every shard exists."""
         if missing := self.missing_shards():
             raise UserError(
                 f"{self.path}: {len(missing)} of {self.manifest.num_shards} shards are missing, the first is "
@@ -323,5 +321,5 @@ def _refuse_duplicates(path: Path, ids: list[str]) -> None:
     seen: set[str] = set()
     for item_id in ids:
         if item_id in seen:
-            raise UserError(f"{path}: id {item_id!r} is given twice; ids name items, remove one")
+            raise UserError(f"{path}: id {item_id!r} is given twice; ids must be unique, remove one")
         seen.add(item_id)

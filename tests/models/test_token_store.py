@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from models.errors import UserError
+from models.stores.codecs import CODECS, Codec
 from models.stores.token_store import TokenStore, TokenStoreWriter
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +87,38 @@ def test_int8_tokens_come_back_within_057_steps(tmp_path, magnitude):
     assert torch.equal(store.gather_embeddings(store.ids), embeddings)
 
 
+@dataclass(frozen=True)
+class HalfBytes(Codec):
+    """Whole numbers from 0 to 15, two in a byte."""
+
+    @property
+    def token_bytes(self) -> int:
+        return self.width // 2
+
+    def encode(self, tokens):
+        values = tokens.to(torch.uint8).unflatten(-1, (-1, 2))
+        return values[..., 0] + 16 * values[..., 1], ((tokens >= 0) & (tokens < 16)).all(-1).all(-1)
+
+    def decode(self, stored):
+        return torch.stack([stored % 16, stored // 16], dim=-1).flatten(-2).half()
+
+
+def test_a_dtype_that_torch_does_not_have_is_a_class_and_its_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(CODECS, "half-bytes", HalfBytes)
+    tokens, embeddings = torch.arange(4 * 5 * 6).view(4, 5, 6).float() % 16, random_items(4)[1]
+    writer = make_writer(tmp_path / "s", 4, "half-bytes")
+    writer.write_shard(0, tokens, embeddings)
+    writer.finish()
+    store = TokenStore.open(tmp_path / "s")
+    store.verify()
+    assert torch.equal(store.gather(store.ids[::-1]), tokens.flip(0).half())
+    assert torch.equal(store.gather(store.ids, tokens=2), tokens[:, :2].half())
+    assert torch.equal(store.gather_embeddings(store.ids), embeddings)
+    tokens[3, 2, 1] = 16
+    with pytest.raises(UserError, match=f"{store.ids[3]}: its tokens are not finite in half-bytes"):
+        make_writer(tmp_path / "refused", 4, "half-bytes").write_shard(0, tokens, embeddings)
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_gather_follows_the_order_given_with_duplicates_and_reads_prefixes(tmp_path, seed, dtype):
@@ -118,7 +152,7 @@ def test_unknown_ids_and_impossible_requests_are_refused(tmp_path):
         store.gather([store.ids[0], "nowhere.jpg"])
     with pytest.raises(UserError, match="pass a list"):
         store.gather(store.ids[0])
-    with pytest.raises(UserError, match="6 tokens an item asked for; the store has 5"):
+    with pytest.raises(UserError, match="6 tokens per item requested; the store has 5"):
         store.gather(store.ids[:1], tokens=6)
     with pytest.raises(IndexError):
         store.gather_rows(np.array([10]))

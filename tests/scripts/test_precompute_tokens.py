@@ -161,7 +161,7 @@ def test_images_come_from_a_folder_an_annotation_file_or_a_list(files, tmp_path)
         (files / "vocab", None, "cannot be read"),
         (files / "nothing.json", None, "no such file"),
         (files / "images", "test", "has no splits"),
-        (tmp_path, None, "no images in it"),
+        (tmp_path, None, "it holds no images"),
     ]:
         with pytest.raises(UserError, match=message):
             read_image_files(images, None, split)
@@ -184,7 +184,7 @@ def test_images_of_shards_are_stored_as_files_would_be(files, tmp_path):
     refused = run(*command, tmp_path / "shards", *out, "--split", "val")
     assert refused.returncode == 2 and "shards have no splits" in refused.stderr
     refused = run("--checkpoint", files / "checkpoint", *unpacked, "--index", tmp_path / "index")
-    assert refused.returncode == 2 and "only shards have one" in refused.stderr
+    assert refused.returncode == 2 and "only shards have an index" in refused.stderr
 
 
 def test_an_unreadable_image_of_a_shard_is_left_out_when_asked(files, tmp_path):
@@ -200,7 +200,7 @@ def test_unreadable_images_end_the_run_after_the_rest_was_stored(files, backbone
     paths, ids = paths_and_ids(files, 130)
     broken, missing = tmp_path / "broken.png", tmp_path / "missing.png"
     broken.write_bytes(paths[3].read_bytes()[:70])
-    with pytest.raises(UserError, match=r"broken.png: .*2 images are unreadable.*missing.png.*run the same command"):
+    with pytest.raises(UserError, match=r"broken.png: .*2 images are unreadable.*missing.png.*fix or remove .* rerun"):
         precompute(tmp_path / "s", [broken, missing, *paths[2:]], ids, backbone, progress=False)
     assert sorted(file.name for file in (tmp_path / "s").glob("shard*")) == ["shard-00001.bin", "shard-00002.bin"]
     broken.write_bytes(paths[0].read_bytes())
