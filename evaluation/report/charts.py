@@ -214,7 +214,8 @@ def _draw_panel(panel: Panel, axes: Axes, level: tuple[str, float]) -> None:
 
 def _name_points(panel: Panel, axes: Axes, level: tuple[str, float]) -> None:
     """Each point's name beside it, inside the panel, and lower where another name stands already."""
-    renderer = FigureCanvasAgg(axes.get_figure(root=True)).get_renderer()
+    assert isinstance(axes.figure, Figure)  # not a part of a figure
+    renderer = FigureCanvasAgg(axes.figure).get_renderer()
     taken = [axes.text(axes.get_xlim()[0], level[1], f" {level[0]}", va="bottom").get_window_extent(renderer)]
     end = axes.get_window_extent(renderer).x1 + 16
     for point in sorted(panel.points, key=lambda point: -point.y):

@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 from models.config import BackboneConfig, BackboneDims
 from models.state_dicts import load_state
 from models.vision.backbones import Backbone
+from models.vision.open_clip_backbone import OpenClipBackbone
 from tests.processes import ROOT
 from training.config import load_config
 
@@ -75,7 +76,7 @@ def test_each_config_names_an_architecture_whose_tokens_its_adapter_takes(config
         clip = open_clip.create_model(run.backbone.name, device="meta")
     patches, width, embedding = CONFIGS[config]
     expected = BackboneDims(num_patches=patches, patch_width=width, embedding_width=embedding)
-    assert Backbone(run.backbone, clip, torch.float32, weights="none").dims == expected
+    assert OpenClipBackbone(run.backbone, clip, torch.float32, weights="none").dims == expected
     assert width % run.model.adapter.num_heads == 0
 
 
