@@ -21,7 +21,9 @@ from benchmarks.rerank_pairs import NUM_VISION_TOKENS, Pairs, make_pairs, our_lo
 from benchmarks.timing import alternate, matmul_peak, ratio, spread
 from models.config import EncoderConfig
 from models.edje import MatchHead
-from models.encoder.joint_encoder import EncoderPass, JointEncoder, pairs_at_once
+from models.encoder.encoder_pass import EncoderPass
+from models.encoder.joint_encoder import JointEncoder
+from models.encoder.optimized_encoder import pairs_at_once
 from models.precision import dtype_name, fastest_dtype
 
 CLS_ID, SEP_ID = 101, 102

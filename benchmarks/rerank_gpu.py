@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.rerank_pairs import Pairs, make_pairs, our_logits
 from benchmarks.store import TOKENS, WIDTH, write_store
 from benchmarks.timing import alternate, spread
-from models.encoder.joint_encoder import EncoderPass
+from models.encoder.encoder_pass import EncoderPass
 from models.language.captions import CaptionIds
 from models.matching import MatchHead
 from models.stores.token_store import TokenStore

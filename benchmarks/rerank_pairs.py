@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.encoder.joint_encoder import EncoderPass, pairs_at_once
+from models.encoder.encoder_pass import EncoderPass
+from models.encoder.optimized_encoder import pairs_at_once
 from models.language.captions import CaptionIds
 from models.matching import MatchHead
 

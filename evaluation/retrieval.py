@@ -21,7 +21,7 @@ from torch import Tensor
 from data.caption_datasets import CaptionDataset
 from models.distributed import DistributedContext
 from models.edje import EDJE
-from models.encoder.joint_encoder import pairs_at_once
+from models.encoder.optimized_encoder import pairs_at_once
 from models.errors import UserError
 from models.language.captions import CaptionIds
 from models.matching import MatchPass

@@ -71,7 +71,7 @@ class EDJE(MatchPass, nn.Module):
     def optimized(self, dtype: torch.dtype | None = None) -> OptimizedEDJE:
         """A frozen copy for inference, the joint encoder in `dtype` (by default the fastest that this device has).
 
-        Float32 agrees with this model to 1e-5; bfloat16 within encoder.joint_encoder.BFLOAT16_BOUND."""
+        Float32 agrees with this model to 1e-5; bfloat16 within encoder.optimized_encoder.BFLOAT16_BOUND."""
         return OptimizedEDJE(
             self.config,
             self.tokenizer,

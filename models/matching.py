@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .checkpoints.checkpoint import adapter_fingerprint
 from .config import EDJEConfig
-from .encoder.joint_encoder import EncoderPass, JointEncoder
+from .encoder.encoder_pass import EncoderPass
+from .encoder.joint_encoder import JointEncoder
 from .errors import UserError
 from .language.captions import CaptionIds, CaptionTokenizer
 

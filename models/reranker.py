@@ -23,7 +23,7 @@ from torch import Tensor
 from .config import BackboneConfig, check_backbone
 from .distributed import pick_device
 from .edje import EDJE
-from .encoder.joint_encoder import pairs_at_once
+from .encoder.optimized_encoder import pairs_at_once
 from .errors import UserError
 from .precision import resolve_precision
 from .stores.indexing import ImageSource, find_images, precompute, read_images

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..distributed import send
 from ..language.captions import CaptionIds
-from .packing import Group, PackedInput, SpecialTokens
+from .packing import Group, Layout, PackedInput, Spans, SpecialTokens, fill, with_frame
 
 
 @dataclass(frozen=True)
@@ -60,150 +58,83 @@ class Mixture:
         return [part for part in ((self.cls_groups, True), (others, False)) if part[0]]
 
 
-class _Spans(NamedTuple):
-    """What each sequence holds, [Q] each: how many word pieces, where they begin among those of all captions, whether
-    it has a caption (which may be empty), and its image, -1 where it has none."""
-
-    lengths: np.ndarray
-    first_pieces: np.ndarray
-    has_caption: np.ndarray
-    images: np.ndarray
-
-
 def pack_mixture(word_table: Tensor, special: SpecialTokens, tokens: Tensor, kinds: Sequence[Sequences]) -> Mixture:
     """All sequences of `kinds` as one input: word_table [V, H], tokens [N, m, H].
 
     Each sequence is laid out as packing.py says for its kind. Those of which pieces are wanted come last; otherwise
     shortest first, ties in the order given."""
     captions = [kind.captions for kind in kinds if kind.captions is not None]
-    ids = torch.cat([torch.tensor([special.cls_id, special.sep_id]), *(c.ids for c in captions)])
-    slices = _slices(kinds)
-    asks_whole = np.zeros(slices[-1].stop, bool)
+    ids = with_frame(special, CaptionIds.cat(captions) if captions else None, torch.device("cpu"))
+    spans, slices = _spans(kinds)
+    asks_whole = torch.zeros(len(spans.lengths), dtype=torch.bool)
     for kind, part in zip(kinds, slices, strict=True):
         asks_whole[part] = kind.wanted_pieces is not None
-    layout = _Layout.of(_spans(kinds), tokens.shape[1], asks_whole)
-    wanted = [layout.wanted(kind, part) for kind, part in zip(kinds, slices, strict=True)]
-    places = layout.places(np.concatenate(wanted))
-    of_rows = layout.sources(len(ids)), layout.positions, layout.segments, layout.starts
-    indices = (*of_rows, ids.numpy(), layout.asking, places)
-    sent = send(torch.from_numpy(np.concatenate(indices)), tokens.device).split([len(index) for index in indices])
-    sources, positions, segments, starts, ids_there, asking, places_there = sent
-    words = F.embedding(ids_there, word_table)
+    layout = Layout.of(spans, tokens.shape[1], last=asks_whole)
+    num_cls = sum(part.stop - part.start for k, part in zip(kinds, slices, strict=True) if k.wanted_pieces is None)
+    cls_groups = layout.groups[: _runs_until(layout.groups, num_cls)]
+    asking = _asking(layout, cls_groups)
+    wanted = [_wanted(layout, kind, part) for kind, part in zip(kinds, slices, strict=True)]
+    indices = (
+        layout.sources(len(ids)),
+        layout.positions,
+        layout.segments(),
+        layout.starts,
+        ids,
+        asking,
+        torch.searchsorted(asking, torch.cat(wanted)),
+    )
+    sent = send(torch.cat(indices), tokens.device).split([len(index) for index in indices])
+    sources, positions, segments, starts, ids_there, asking_there, wanted_there = sent
     packed = PackedInput(
-        embeddings=torch.cat([words, tokens.flatten(0, 1).to(words.dtype)]).index_select(0, sources),
+        embeddings=fill(word_table, ids_there, tokens, sources),
         positions=positions,
         segments=segments,
         groups=layout.groups,
         cls_rows=starts,
         caption_rows=starts[:0],
     )
-    cls_groups = layout.groups[: layout.num_cls_groups]
-    return Mixture(packed, cls_groups, asking, places_there, tuple(len(rows) for rows in wanted))
+    return Mixture(packed, cls_groups, asking_there, wanted_there, tuple(len(rows) for rows in wanted))
 
 
-def _spans(kinds: Sequence[Sequences]) -> _Spans:
-    columns, pieces_before = [], 0
+def _spans(kinds: Sequence[Sequences]) -> tuple[Spans, list[slice]]:
+    """What the sequences of all kinds hold, and which of them each kind has."""
+    parts: list[Spans] = []
+    pieces_before = 0
     for kind in kinds:
-        columns.append(_spans_of(kind, pieces_before))
+        parts.append(_spans_of(kind, pieces_before))
         pieces_before += 0 if kind.captions is None else len(kind.captions.ids)
-    return _Spans(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+    ends = np.cumsum([len(part.lengths) for part in parts]).tolist()
+    slices = [slice(end - len(part.lengths), end) for end, part in zip(ends, parts, strict=True)]
+    return Spans(*(torch.cat(column) for column in zip(*parts, strict=True))), slices
 
 
-def _spans_of(kind: Sequences, pieces_before: int) -> _Spans:
+def _spans_of(kind: Sequences, pieces_before: int) -> Spans:
     if kind.captions is None:
         assert kind.image_index is not None, "a sequence needs a caption or an image"
-        nothing = np.zeros(len(kind.image_index), np.int64)
-        return _Spans(nothing, nothing, nothing.astype(bool), kind.image_index.numpy())
-    lengths = kind.captions.lengths.numpy()
-    first = pieces_before + lengths.cumsum() - lengths
+        nothing = torch.zeros_like(kind.image_index)
+        return Spans(nothing, nothing, nothing.bool(), kind.image_index)
+    lengths, first = kind.captions.lengths, pieces_before + kind.captions.offsets[:-1]
     if kind.caption_index is not None:
-        lengths, first = lengths[kind.caption_index.numpy()], first[kind.caption_index.numpy()]
-    images = np.full(len(lengths), -1) if kind.image_index is None else kind.image_index.numpy()
-    return _Spans(lengths, first, np.ones(len(lengths), bool), images)
+        lengths, first = lengths[kind.caption_index], first[kind.caption_index]
+    images = torch.full_like(lengths, -1) if kind.image_index is None else kind.image_index
+    return Spans(lengths, first, torch.ones_like(lengths, dtype=torch.bool), images)
 
 
-def _slices(kinds: Sequence[Sequences]) -> list[slice]:
-    """Which sequences each kind has."""
-    counts = [len(_spans_of(kind, 0).lengths) for kind in kinds]
-    ends = np.cumsum(counts).tolist()
-    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+def _runs_until(groups: Sequence[Group], sequences: int) -> int:
+    """How many of the first groups hold the first `sequences`."""
+    held = np.cumsum([0, *(group.sequences for group in groups)])
+    return int(np.searchsorted(held, sequences))
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the rows of all sequences lie."""
+def _asking(layout: Layout, cls_groups: Sequence[Group]) -> Tensor:
+    """[A] rows that ask in the last layer, rising: each [CLS] of the first groups, then all rows of the others."""
+    num_rows = cls_groups[-1].rows.stop if cls_groups else 0
+    starts = layout.starts[layout.starts < num_rows].sort().values
+    return torch.cat([starts, torch.arange(num_rows, len(layout.positions))])
 
-    spans: _Spans
-    num_tokens: int
-    starts: np.ndarray
-    """[Q] row of each sequence's [CLS]."""
-    sequences: np.ndarray
-    """[T] sequence of each row."""
-    positions: np.ndarray
-    """[T] position within it."""
-    groups: tuple[Group, ...]
-    num_cls_groups: int
-    """Groups, the first ones, of which the [CLS] alone asks in the last layer."""
 
-    @classmethod
-    def of(cls, spans: _Spans, num_tokens: int, asks_whole: np.ndarray) -> _Layout:
-        lengths = 1 + np.where(spans.has_caption, spans.lengths + 1, 0) + np.where(spans.images >= 0, num_tokens + 1, 0)
-        order = np.lexsort((lengths, asks_whole))
-        ordered, whole = lengths[order], asks_whole[order]
-        starts = np.empty_like(lengths)
-        starts[order] = ordered.cumsum() - ordered
-        firsts = np.flatnonzero(np.diff(ordered, prepend=-1) | np.diff(whole, prepend=False))
-        counts = np.diff(firsts, append=len(order))
-        runs = zip(starts[order][firsts].tolist(), counts.tolist(), ordered[firsts].tolist(), strict=True)
-        sequences = np.repeat(order, ordered)
-        positions = np.arange(len(sequences)) - starts[sequences]
-        num_cls_groups = int((~whole[firsts]).sum())
-        groups = tuple(Group(*run) for run in runs)
-        return cls(spans, num_tokens, starts, sequences, positions, groups, num_cls_groups)
-
-    @property
-    def _num_cls(self) -> tuple[int, int]:
-        """Sequences and rows of the first groups."""
-        first = self.groups[: self.num_cls_groups]
-        return sum(group.sequences for group in first), sum(group.sequences * group.length for group in first)
-
-    @property
-    def asking(self) -> np.ndarray:
-        """[A] rows that ask in the last layer."""
-        num_cls, num_rows = self._num_cls
-        return np.concatenate([np.sort(self.starts)[:num_cls], np.arange(num_rows, len(self.positions))])
-
-    def places(self, rows: np.ndarray) -> np.ndarray:
-        """Where `rows`, all of them asking, stand among the asking rows."""
-        num_cls, num_rows = self._num_cls
-        cls_place = np.searchsorted(self.asking[:num_cls], rows)
-        return np.where(rows < num_rows, cls_place, rows - num_rows + num_cls)
-
-    @property
-    def first_tokens(self) -> np.ndarray:
-        """[Q] position of the first vision token, where a sequence has any."""
-        return 1 + np.where(self.spans.has_caption, self.spans.lengths + 1, 0)
-
-    @property
-    def segments(self) -> np.ndarray:
-        """[T] 1 from the first vision token on."""
-        return (self.positions >= self.first_tokens[self.sequences]).astype(np.int64)
-
-    def sources(self, num_words: int) -> np.ndarray:
-        """[T] what each row holds: 0 [CLS], 1 [SEP], from 2 on the captions' word pieces, from num_words on the images'
-        tokens."""
-        first_pieces, images = self.spans.first_pieces[self.sequences], self.spans.images[self.sequences]
-        token = self.positions - self.first_tokens[self.sequences]
-        is_piece = (self.positions > 0) & (self.positions <= self.spans.lengths[self.sequences])
-        is_token = (images >= 0) & (token >= 0) & (token < self.num_tokens)
-        words = np.where(self.positions == 0, 0, np.where(is_piece, 1 + self.positions + first_pieces, 1))
-        return np.where(is_token, num_words + images * self.num_tokens + token, words)
-
-    def wanted(self, kind: Sequences, part: slice) -> np.ndarray:
-        """Rows of a kind's wanted states; part: its sequences."""
-        starts = self.starts[part]
-        if kind.wanted_pieces is None:
-            return starts
-        lengths = self.spans.lengths[part]
-        within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
-        return (np.repeat(starts + 1, lengths) + within)[kind.wanted_pieces.numpy()]
+def _wanted(layout: Layout, kind: Sequences, part: slice) -> Tensor:
+    """Rows of a kind's wanted states; part: its sequences."""
+    if kind.wanted_pieces is None:
+        return layout.starts[part]
+    return layout.caption_rows(len(kind.wanted_pieces), part)[kind.wanted_pieces]

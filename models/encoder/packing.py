@@ -90,41 +90,93 @@ class SpecialTokens:
     sep_id: int
 
 
-class _Layout(NamedTuple):
-    """Where sequences of given lengths go: starts [Q] (caller's order), per row its sequence and position [T]."""
+class Spans(NamedTuple):
+    """What each of Q sequences holds, [Q] each, on one device."""
 
+    lengths: Tensor
+    """int64: word pieces of its caption."""
+    first_pieces: Tensor
+    """int64: where these begin among all captions' pieces."""
+    has_caption: Tensor
+    """bool: whether it has a caption, which may be empty."""
+    images: Tensor
+    """int64: its image, -1 where it has none."""
+
+    def first_tokens(self) -> Tensor:
+        """[Q] position of the first vision token, behind [CLS] and, where there is a caption, its pieces and [SEP]."""
+        return 1 + torch.where(self.has_caption, self.lengths + 1, 0)
+
+    def rows(self, num_tokens: int) -> Tensor:
+        """[Q] rows of each sequence: where there is an image, its tokens and a [SEP] end it."""
+        return self.first_tokens() + torch.where(self.images >= 0, num_tokens + 1, 0)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of Q sequences lie, and what each of the T rows holds: all that knows the forms above."""
+
+    spans: Spans
+    num_tokens: int
     starts: Tensor
+    """[Q] int64 row of each sequence's [CLS], in the caller's order."""
     sequences: Tensor
+    """[T] int64 sequence of each row."""
     positions: Tensor
+    """[T] int64 position within it."""
     groups: tuple[Group, ...]
 
+    @classmethod
+    def of(cls, spans: Spans, num_tokens: int, last: Tensor | None = None) -> Layout:
+        """Shortest first, ties in the caller's order; sequences that `last` [Q] bool names come behind all others.
 
-def _lay_out(lengths: Tensor) -> _Layout:
-    """Shortest first, ties in the caller's order. The one place where a GPU waits: groups are Python numbers."""
-    ordered, order = lengths.sort(stable=True)
-    ends = ordered.cumsum(0)
-    starts = torch.empty_like(lengths).index_copy_(0, order, ends - ordered)
-    values, counts = torch.stack(torch.unique_consecutive(ordered, return_counts=True)).tolist()
-    groups, start = [], 0
-    for length, count in zip(values, counts, strict=True):
-        groups.append(Group(start, count, length))
-        start += count * length
-    sequences = order.repeat_interleave(ordered, output_size=start)
-    positions = torch.arange(start, device=lengths.device) - starts[sequences]
-    return _Layout(starts, sequences, positions, tuple(groups))
+        The one place where a GPU waits: groups are Python numbers."""
+        lengths = spans.rows(num_tokens)
+        bound = 1 if last is None else max(lengths.tolist()) + 1
+        keys, order = (lengths if last is None else lengths + bound * last).sort(stable=True)
+        ordered = lengths[order]
+        starts = torch.empty_like(lengths).index_copy_(0, order, ordered.cumsum(0) - ordered)
+        runs, counts = torch.stack(torch.unique_consecutive(keys, return_counts=True)).tolist()
+        groups, start = [], 0
+        for run, count in zip(runs, counts, strict=True):
+            groups.append(Group(start, count, run if last is None else run % bound))
+            start = groups[-1].rows.stop
+        sequences = order.repeat_interleave(ordered, output_size=start)
+        positions = torch.arange(start, device=lengths.device) - starts[sequences]
+        return cls(spans, num_tokens, starts, sequences, positions, tuple(groups))
+
+    def segments(self) -> Tensor:
+        """[T] int64: 1 from the first vision token on."""
+        return (self.positions >= self.spans.first_tokens()[self.sequences]).long()
+
+    def sources(self, num_words: int) -> Tensor:
+        """[T] int64: what each row holds, by its place in a table of `num_words` words and the images' tokens behind
+        them. Words are [CLS], [SEP], then the captions' pieces."""
+        first_pieces, images = self.spans.first_pieces[self.sequences], self.spans.images[self.sequences]
+        token = self.positions - self.spans.first_tokens()[self.sequences]
+        is_piece = (self.positions > 0) & (self.positions <= self.spans.lengths[self.sequences])
+        is_token = (images >= 0) & (token >= 0) & (token < self.num_tokens)
+        # A row that is neither [CLS], a piece nor a token is a [SEP].
+        words = torch.where(is_piece, 1 + self.positions + first_pieces, (self.positions > 0).long())
+        return torch.where(is_token, num_words + images * self.num_tokens + token, words)
+
+    def caption_rows(self, count: int, chosen: slice = slice(None)) -> Tensor:
+        """Rows of the captions' pieces, sequence by sequence, of the chosen sequences: [count], the sum of lengths."""
+        lengths, starts = self.spans.lengths[chosen], self.starts[chosen]
+        within = torch.arange(count, device=lengths.device)
+        shift = starts + 1 - (lengths.cumsum(0) - lengths)
+        return within + shift.repeat_interleave(lengths, output_size=count)
 
 
-def _place(layout: _Layout, word_table: Tensor, words: Tensor, word_rows: Tensor) -> Tensor:
-    """Word embeddings [T, H] with `words` at `word_rows`, the other rows not set."""
-    embedded = F.embedding(words, word_table)
-    return embedded.new_empty(len(layout.positions), embedded.shape[1]).index_copy_(0, word_rows, embedded)
+def fill(word_table: Tensor, ids: Tensor, tokens: Tensor, sources: Tensor) -> Tensor:
+    """The rows that `sources` [T] name: ids [W] words, tokens [N, m, H] of any dtype -> [T, H]. Carries gradients."""
+    words = F.embedding(ids, word_table)
+    return torch.cat([words, tokens.flatten(0, 1).to(words.dtype)]).index_select(0, sources)
 
 
-def _caption_rows(starts: Tensor, captions: CaptionIds) -> Tensor:
-    """Row of every piece, behind its sequence's [CLS]: [sum of lengths], in the order of captions.ids."""
-    first_piece = captions.lengths.cumsum(0) - captions.lengths
-    shift = (starts + 1 - first_piece).repeat_interleave(captions.lengths, output_size=len(captions.ids))
-    return torch.arange(len(captions.ids), device=starts.device) + shift
+def with_frame(special: SpecialTokens, captions: CaptionIds | None, device: torch.device) -> Tensor:
+    """Words as Layout.sources counts them: [CLS], [SEP], the captions' pieces."""
+    frame = torch.tensor([special.cls_id, special.sep_id], device=device)
+    return frame if captions is None else torch.cat([frame, captions.ids])
 
 
 def pack_pairs(
@@ -136,57 +188,36 @@ def pack_pairs(
     image_index: Tensor,
 ) -> PackedInput:
     """Q pairs of C captions and N images: word_table [V, H], tokens [N, m, H], indices [Q] int64."""
-    captions = captions.select(caption_index)
-    num_tokens = tokens.shape[1]
-    layout = _lay_out(captions.lengths + num_tokens + 3)
-    starts, first_sep = layout.starts, layout.starts + captions.lengths + 1
-    caption_rows = _caption_rows(starts, captions)
-    words = torch.cat(
-        [starts.new_full(starts.shape, special.cls_id), starts.new_full((2 * len(starts),), special.sep_id)]
-    )
-    word_rows = torch.cat([starts, first_sep, first_sep + num_tokens + 1, caption_rows])
-    embeddings = _place(layout, word_table, torch.cat([words, captions.ids]), word_rows)
-    token_rows = first_sep.unsqueeze(1) + 1 + torch.arange(num_tokens, device=starts.device)
-    vision = tokens[image_index].flatten(0, 1).to(embeddings.dtype)
-    return PackedInput(
-        embeddings=embeddings.index_copy_(0, token_rows.flatten(), vision),
-        positions=layout.positions,
-        segments=(layout.positions >= (captions.lengths + 2)[layout.sequences]).long(),
-        groups=layout.groups,
-        cls_rows=starts,
-        caption_rows=caption_rows,
-    )
+    lengths, first_pieces = captions.lengths[caption_index], captions.offsets[caption_index]
+    spans = Spans(lengths, first_pieces, torch.ones_like(lengths, dtype=torch.bool), image_index)
+    return _packed(word_table, special, captions, tokens, spans)
 
 
 def pack_captions(word_table: Tensor, special: SpecialTokens, captions: CaptionIds) -> PackedInput:
     """C captions without an image, one sequence each."""
-    layout = _lay_out(captions.lengths + 2)
-    starts = layout.starts
-    caption_rows = _caption_rows(starts, captions)
-    words = torch.cat([starts.new_full(starts.shape, i) for i in (special.cls_id, special.sep_id)] + [captions.ids])
-    word_rows = torch.cat([starts, starts + captions.lengths + 1, caption_rows])
-    return PackedInput(
-        embeddings=_place(layout, word_table, words, word_rows),
-        positions=layout.positions,
-        segments=torch.zeros_like(layout.positions),
-        groups=layout.groups,
-        cls_rows=starts,
-        caption_rows=caption_rows,
-    )
+    lengths = captions.lengths
+    ones = torch.ones_like(lengths, dtype=torch.bool)
+    spans = Spans(lengths, captions.offsets[:-1], ones, torch.full_like(lengths, -1))
+    return _packed(word_table, special, captions, word_table.new_empty(0, 0, word_table.shape[1]), spans)
 
 
 def pack_images(word_table: Tensor, special: SpecialTokens, tokens: Tensor) -> PackedInput:
     """N images without a caption, one sequence each: tokens [N, m, H]."""
-    count, num_tokens, _ = tokens.shape
-    frame = F.embedding(torch.tensor([special.cls_id, special.sep_id], device=tokens.device), word_table)
-    cls, sep = frame[:, None, None].expand(2, count, 1, -1)
-    length = num_tokens + 2
-    positions = torch.arange(length, device=tokens.device).repeat(count)
+    images = torch.arange(len(tokens), device=tokens.device)
+    nothing = torch.zeros_like(images)
+    return _packed(word_table, special, None, tokens, Spans(nothing, nothing, nothing.bool(), images))
+
+
+def _packed(
+    word_table: Tensor, special: SpecialTokens, captions: CaptionIds | None, tokens: Tensor, spans: Spans
+) -> PackedInput:
+    layout = Layout.of(spans, tokens.shape[1])
+    ids = with_frame(special, captions, word_table.device)
     return PackedInput(
-        embeddings=torch.cat([cls, tokens.to(cls.dtype), sep], dim=1).flatten(0, 1),
-        positions=positions,
-        segments=(positions > 0).long(),
-        groups=(Group(0, count, length),),
-        cls_rows=torch.arange(0, count * length, length, device=tokens.device),
-        caption_rows=positions.new_empty(0),
+        embeddings=fill(word_table, ids, tokens, layout.sources(len(ids))),
+        positions=layout.positions,
+        segments=layout.segments(),
+        groups=layout.groups,
+        cls_rows=layout.starts,
+        caption_rows=layout.caption_rows(int(spans.lengths.sum())),
     )

@@ -10,7 +10,8 @@ import torch
 from models.config import EncoderConfig
 from models.encoder import cuda_graphs
 from models.encoder.cuda_graphs import Size
-from models.encoder.joint_encoder import EncoderPass, JointEncoder
+from models.encoder.encoder_pass import EncoderPass
+from models.encoder.joint_encoder import JointEncoder
 from models.encoder.packing import PackedInput
 from models.language.captions import CaptionIds
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
 from models.config import EncoderConfig
-from models.encoder import joint_encoder
-from models.encoder.joint_encoder import JointEncoder, OptimizedEncoder
+from models.encoder import joint_encoder, optimized_encoder
+from models.encoder.joint_encoder import JointEncoder
+from models.encoder.optimized_encoder import OptimizedEncoder
 from models.errors import UserError
 from models.language.captions import CaptionIds
 
@@ -183,7 +184,7 @@ def spread_logits(encoder, batch: Batch, order: Tensor) -> Tensor:
 @pytest.mark.parametrize("rows_at_once", [1, 40, 10_000])
 @pytest.mark.parametrize("form", ["training", torch.float32, torch.bfloat16])
 def test_a_logit_does_not_depend_on_neighbours_batch_size_or_order(form, rows_at_once, monkeypatch):
-    monkeypatch.setattr(joint_encoder, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(optimized_encoder, "ROWS_AT_ONCE", rows_at_once)
     encoder, batch = our_model(reference_model()), Batch()
     encoder = encoder if form == "training" else encoder.optimized(form)
     together = spread_logits(encoder, batch, torch.arange(len(batch)))
@@ -232,7 +233,7 @@ def test_bfloat16_logits_stay_within_the_stated_bound_of_float32():
         logits[dtype] = fast.encode_cls(packed).float() @ heads
     spread = logits[torch.float32].std()
     assert spread > 0.5
-    assert (logits[torch.bfloat16] - logits[torch.float32]).abs().max() < joint_encoder.BFLOAT16_BOUND * spread
+    assert (logits[torch.bfloat16] - logits[torch.float32]).abs().max() < optimized_encoder.BFLOAT16_BOUND * spread
 
 
 def test_training_form_learns_under_bfloat16_autocast():
@@ -285,8 +286,8 @@ def test_optimized_form_picks_the_fastest_dtype():
 
 def test_a_call_on_a_gpu_has_as_many_rows_however_many_tokens_an_image_has():
     for num_tokens in (1, 64, 576, 10**6):
-        pairs = joint_encoder.pairs_at_once(torch.device("cuda"), num_tokens)
-        assert pairs == 1 or 0.5 * joint_encoder.GPU_ROWS < pairs * (num_tokens + 20) <= joint_encoder.GPU_ROWS
+        pairs = optimized_encoder.pairs_at_once(torch.device("cuda"), num_tokens)
+        assert pairs == 1 or 0.5 * optimized_encoder.GPU_ROWS < pairs * (num_tokens + 20) <= optimized_encoder.GPU_ROWS
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.batches import random_stream
 from models.distributed import DistributedContext
 from models.edje import EDJE
-from models.encoder import joint_encoder
+from models.encoder import encoder_pass
 from models.encoder.attention import AttentionAtOnce
 from models.errors import UserError
 from models.language.captions import CaptionIds
@@ -58,7 +58,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_dispatches_few_operators_and_reads_no_number_back(tmp_path, monkeypatch, dtype):
     """With the form of attention that a GPU has: each operator there is a launch, each number read a wait."""
-    monkeypatch.setattr(joint_encoder, "sequence_attention", AttentionAtOnce)
+    monkeypatch.setattr(encoder_pass, "sequence_attention", AttentionAtOnce)
     run, objectives, inputs = make_step(tmp_path, dtype=dtype)
     optimizer_step(run, Batches(inputs), objectives, 10.0)  # makes the optimizer's state
     with Operators() as operators:
@@ -139,7 +139,7 @@ def gradients(model: EDJE, losses: dict[str, torch.Tensor]) -> dict[str, torch.T
 @pytest.mark.parametrize("form", ["by length", "at once"])
 def test_one_pass_gives_the_losses_and_gradients_of_separate_ones(tmp_path, monkeypatch, form):
     if form == "at once":
-        monkeypatch.setattr(joint_encoder, "sequence_attention", AttentionAtOnce)
+        monkeypatch.setattr(encoder_pass, "sequence_attention", AttentionAtOnce)
     run, _, inputs = make_step(tmp_path)
     model = run.model.eval()
     config = replace(
