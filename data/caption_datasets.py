@@ -210,13 +210,15 @@ def _read_columns(files: Sequence[Path], split: str | None, root: str | Path, do
     ids, captions, labels = TextBuilder(), TextBuilder(), TextBuilder()
     digests, captions_of_row, is_list_row, first_rows = bytearray(), array("q"), bytearray(), [0]
     respelled_rows, respelled_digests, root = array("q"), bytearray(), os.path.abspath(root)
+    has_subsets = False
     for file in files:
         for image_id, caption, label in _rows(file, split, root, document):
             captions_here = _checked(caption if isinstance(caption, list) else [caption], image_id, file)
             for text in captions_here:
                 captions.append(text)
             ids.append(image_id)
-            labels.append("" if label is None else label)
+            labels.append(label or "")
+            has_subsets |= bool(label)
             digests += _digest(image_id)
             if _may_be_respelled(image_id) and (place := _place(image_id, root)) != image_id:
                 respelled_rows.append(len(captions_of_row))
@@ -242,7 +244,7 @@ def _read_columns(files: Sequence[Path], split: str | None, root: str | Path, do
         "captions": captions.column().take(order),
         "caption_image": caption_image[order],
     }
-    if len(labels.column().blob):
+    if has_subsets:
         columns["subsets"] = labels.column().take(rows[~again])
     return columns
 

@@ -1,7 +1,8 @@
-"""Columns: millions of strings and numbers as a few arrays, in memory or mapped from a cache that is written once.
+"""Columns: millions of strings and numbers as a few Arrow arrays, in memory or mapped from a cache written once.
 
 A Python string costs some 60 bytes beside its text, and processes forked from one another end up with a copy of each,
-because reading it counts references. Arrays have neither cost; mapped ones are shared by all processes of a machine.
+because reading it counts references. Arrow arrays have neither cost; mapped ones are shared by all processes of a
+machine.
 
     captions = TextColumn.of(["a red ball", "two dogs"])     # a sequence of strings, read-only
     captions[1], len(captions), list(captions)
@@ -13,28 +14,29 @@ import hashlib
 import json
 import os
 import shutil
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
 import numpy as np
+import pyarrow as pa
 
 from models.errors import UserError
 
-_VERSION = 2
-"""Of the cached columns' layout and content: raise it when either changes."""
-_TAKE = 1 << 13
-"""Strings that take() moves at once; it holds an index of 8 bytes for each of their bytes."""
+_VERSION = 3
+"""Of the cached columns' layout and content: raise it when either changes, and old caches are built again."""
+_CHUNK = 1 << 14
+"""Strings that are Python objects at a time, while a column is built or read through."""
 _ENCODING = ("utf-8", "surrogatepass")
-"""JSON may hold half a surrogate pair, which strict UTF-8 cannot."""
+"""Names of files may hold half a surrogate pair, which neither strict UTF-8 nor Arrow's own strings can."""
+_BYTES = pa.large_binary()
 
 
 class TextColumn(Sequence[str]):
-    """N strings: one blob of UTF-8, [bytes] uint8, and where each starts, [N + 1] int64."""
+    """N strings, kept as UTF-8 in an Arrow array of bytes."""
 
-    def __init__(self, blob: np.ndarray, offsets: np.ndarray):
-        self.blob, self.offsets = blob, offsets
+    def __init__(self, array: pa.LargeBinaryArray):
+        self.array = array
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> TextColumn:
@@ -47,12 +49,10 @@ class TextColumn(Sequence[str]):
     @classmethod
     def cat(cls, parts: Sequence[TextColumn]) -> TextColumn:
         """The strings of all parts, in order; at least one part."""
-        ends = np.cumsum([0, *(len(part.blob) for part in parts)])
-        offsets = [part.offsets[1:] + end for part, end in zip(parts, ends[:-1], strict=True)]
-        return cls(np.concatenate([part.blob for part in parts]), np.concatenate([[0], *offsets]))
+        return cls(pa.concat_arrays([part.array for part in parts]))
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.array)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -61,11 +61,13 @@ class TextColumn(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        position = range(len(self))[index]  # negative numbers count from the end; IndexError beyond
-        return self.blob[self.offsets[position] : self.offsets[position + 1]].tobytes().decode(*_ENCODING)
+        text: bytes = self.array[int(index)].as_py()  # negative numbers count from the end; IndexError beyond
+        return text.decode(*_ENCODING)
 
     def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
+        for start in range(0, len(self), _CHUNK):
+            for text in self.array.slice(start, _CHUNK).to_pylist():
+                yield text.decode(*_ENCODING)
 
     def __eq__(self, other: object) -> bool:
         """Equal to any sequence of the same strings, a list too."""
@@ -77,32 +79,32 @@ class TextColumn(Sequence[str]):
         return f"TextColumn({self[:3]!r}{', ...' if len(self) > 3 else ''}, {len(self):,} strings)"
 
     def take(self, index: np.ndarray) -> TextColumn:
-        """The strings of the numbers `index` [n], in that order."""
-        starts, sizes = self.offsets[index], np.diff(self.offsets)[index]
-        offsets = np.concatenate([[0], np.cumsum(sizes)])
-        blob = np.empty(offsets[-1], np.uint8)
-        for first in range(0, len(index), _TAKE):
-            part = slice(first, first + _TAKE)
-            begin, end = offsets[first], offsets[min(first + _TAKE, len(index))]
-            # Byte p of the result lies at p + (where its string starts here - where it starts in the result).
-            source = np.arange(begin, end) + np.repeat(starts[part] - offsets[:-1][part], sizes[part])
-            blob[begin:end] = self.blob[source]
-        return TextColumn(blob, offsets)
+        """The strings at the positions `index` [n], in that order."""
+        return TextColumn(self.array.take(pa.array(index)))
 
 
 class TextBuilder:
     """Collects strings for a TextColumn without keeping them as objects."""
 
     def __init__(self) -> None:
-        self._blob, self._offsets = bytearray(), array("q", [0])
+        self._chunks: list[pa.Array] = []
+        self._pending: list[bytes] = []
 
     def append(self, text: str) -> None:
-        self._blob += text.encode(*_ENCODING)
-        self._offsets.append(len(self._blob))
+        self._pending.append(text.encode(*_ENCODING))
+        if len(self._pending) == _CHUNK:
+            self._close_chunk()
 
     def column(self) -> TextColumn:
-        """What was appended, without a copy; nothing can be appended afterwards."""
-        return TextColumn(np.frombuffer(self._blob, np.uint8), np.frombuffer(self._offsets, np.int64))
+        """All strings appended so far. One array, kept instead of the chunks: take() would join those each time."""
+        self._close_chunk()
+        self._chunks = [pa.concat_arrays(self._chunks)]
+        pa.default_memory_pool().release_unused()  # the chunks' memory, which Arrow keeps for later arrays
+        return TextColumn(self._chunks[0])
+
+    def _close_chunk(self) -> None:
+        self._chunks.append(pa.array(self._pending, _BYTES))
+        self._pending.clear()
 
 
 Columns = dict[str, np.ndarray | TextColumn]
@@ -135,6 +137,7 @@ def cached_columns(cache: Path, name: str, files: Sequence[Path], build: Callabl
     folder = Path(cache) / f"{name}-{key}"
     if not folder.is_dir():
         _write(folder, build())
+        pa.default_memory_pool().release_unused()  # the built columns' memory, which the processes forked later share
     return folder, open_columns(folder)
 
 
@@ -144,14 +147,7 @@ def _write(folder: Path, columns: Columns) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, column in columns.items():
-            parts = (
-                {"": column} if isinstance(column, np.ndarray) else {".text": column.blob, ".offsets": column.offsets}
-            )
-            for suffix, values in parts.items():
-                with (temporary / f"{name}{suffix}.npy").open("wb") as stream:
-                    np.save(stream, values)
-                    stream.flush()
-                    os.fsync(stream.fileno())
+            _write_column(temporary / f"{name}.arrow", column)
         os.rename(temporary, folder)
     except OSError as error:
         if not folder.is_dir():  # else another process was first
@@ -160,18 +156,24 @@ def _write(folder: Path, columns: Columns) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _write_column(file: Path, column: np.ndarray | TextColumn) -> None:
+    """An Arrow IPC file with one column, flushed to disk."""
+    batch = pa.record_batch({"column": column.array if isinstance(column, TextColumn) else pa.array(column)})
+    with file.open("wb") as stream:
+        with pa.ipc.new_file(stream, batch.schema) as writer:
+            writer.write_batch(batch)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def open_columns(folder: Path) -> Columns:
     """The columns that a folder of the cache holds, memory-mapped. Raises UserError if it is damaged."""
-    columns: Columns = {}
     try:
-        # Plain arrays over the map: slicing np.memmap itself costs ten times as much.
-        arrays = {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in sorted(folder.glob("*.npy"))}
-        for name, values in arrays.items():
-            name, _, part = name.partition(".")
-            if part == "text":
-                columns[name] = TextColumn(values, arrays[f"{name}.offsets"])
-            elif not part:
-                columns[name] = values
-    except (OSError, ValueError, EOFError, KeyError) as error:
+        return {file.stem: _open_column(file) for file in sorted(folder.glob("*.arrow"))}
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{folder}: damaged ({error}); remove this folder, it will be built again") from error
-    return columns
+
+
+def _open_column(file: Path) -> np.ndarray | TextColumn:
+    array = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0).column(0)
+    return TextColumn(array) if array.type == _BYTES else array.to_numpy()

@@ -2,6 +2,10 @@
 
 for row in list_elements("cc12m.json"):     # 1 GB of JSON, 1 MB of it in memory
     ...
+
+Why no library: ijson reads a million pairs in 0.8 to 1.2 s, this module in 2.2 to 2.8 s, both in 4 MB and once per
+data set. But ijson replaces half a surrogate pair by "?" in silence, and its memory grows with the square of how deep
+brackets are nested: 1 GB at 20,000. orjson holds the whole document, 0.7 GB for a million pairs.
 """
 
 from __future__ import annotations

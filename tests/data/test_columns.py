@@ -24,7 +24,7 @@ def test_a_column_is_the_list_of_its_strings():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_take_gives_the_strings_of_the_numbers(seed, monkeypatch):
-    monkeypatch.setattr("data.columns._TAKE", 3)
+    monkeypatch.setattr("data.columns._CHUNK", 3)
     rng = np.random.default_rng(seed)
     index = rng.integers(len(TEXTS), size=rng.integers(1, 20))
     taken = TextColumn.of(TEXTS).take(index)
@@ -54,6 +54,14 @@ def test_the_cache_is_built_once_and_again_when_its_file_changes(tmp_path, sourc
     assert len(list((tmp_path / "cache").iterdir())) == 2  # nothing temporary is left
 
 
+def test_a_cache_of_another_layout_is_built_again(tmp_path, source, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr("data.columns._VERSION", 2)
+        first, _ = cached(tmp_path, source)
+    second, columns = cached(tmp_path, source, ["built again"])
+    assert second != first and columns["texts"] == ["built again"]
+
+
 def test_of_two_builders_one_result_stays(tmp_path, source):
     def build():
         cached(tmp_path, source, ["first"])
@@ -74,7 +82,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, source):
 
 def test_a_damaged_cache_names_its_folder(tmp_path, source):
     folder, _ = cached(tmp_path, source)
-    file = folder / "texts.text.npy"
+    file = folder / "texts.arrow"
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(UserError, match=f"{folder.name}: damaged .*remove this folder"):
         cached(tmp_path, source)
