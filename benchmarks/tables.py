@@ -112,9 +112,11 @@ def step_tables(section: dict[str, Any]) -> list[str]:
 def lists_tables(section: dict[str, Any]) -> list[str]:
     rows = []
     for name, row in section["lists"].items():
-        sizes = (row["pss_bytes_main"], row["pss_bytes_workers"], row["pss_bytes_main"] + row["pss_bytes_workers"])
-        rows.append((name, *(f"{size / 1e9:.2f} GB" for size in sizes)))
-    return [markdown((f"list, {section['workers']} workers", "main process", "workers", "all"), rows)]
+        main, workers = row["pss_bytes_main"], row["pss_bytes_workers"]
+        sizes = (row["peak_bytes_to_read"], main, workers, main + workers)
+        rows.append((name, f"{row['seconds_to_read']:.1f} s", *(f"{size / 1e9:.2f} GB" for size in sizes)))
+    header = (f"list, {section['workers']} workers", "read once in", "at a peak of", "main process", "workers", "all")
+    return [markdown(header, rows)]
 
 
 def shards_tables(section: dict[str, Any]) -> list[str]:

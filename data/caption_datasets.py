@@ -103,8 +103,8 @@ def load_annotations(
     Several files are read as one: an image that two of them list has the captions of both. With `cache`, a folder, the
     columns are written there once and memory-mapped from then on. `document` is a Karpathy file's content where it was
     read already, for one split after the other. For a BLIP/ALBEF list, which is one split, `split`
-    chooses nothing. Reading 5M pairs peaks at 1.5 GB, once; training from them
-    then takes 1.5 GB in all, 4 workers and 0.9 GB of libraries included (benchmarks/results/lists_cpu.json).
+    chooses nothing. Reading 5M pairs peaks at 1.6 GB, once; training from them then takes 1.5 GB in all, with 4 workers
+    and the libraries (benchmarks/results/lists_cpu.json).
 
     Raises UserError naming the file and the first row that is wrong: missing file, no JSON, no such split (with those
     there are), no images, a path, split or subset that is no text of one line, an image without captions, twice in a
