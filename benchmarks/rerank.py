@@ -150,7 +150,7 @@ def benchmark_rerank(device: torch.device, num_pairs: int, rounds: int, baseline
     head.dense.load_state_dict(baseline.bert.pooler.dense.state_dict())
     head.out.load_state_dict(baseline.out.state_dict())
     encoder.extend_positions(CALL_TOKENS[-1] + EQUAL_LENGTH + 3)
-    # Not where the probe refuses bfloat16: a CPU that emulates it takes minutes for the peak's product alone.
+    # bfloat16 only where it is in hardware: a CPU that emulates it takes minutes for the peak's product alone.
     dtypes = list(dict.fromkeys((torch.float32, fastest_dtype(device))))
     ours = {dtype: encoder.optimized(dtype) for dtype in dtypes}
     theirs = {dtype: deepcopy(baseline).to(dtype) for dtype in dtypes}

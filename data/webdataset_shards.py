@@ -133,7 +133,7 @@ def find_shards(patterns: Sequence[str], root: Path) -> list[Path]:
         for name in _expand_braces(str(root / pattern)):
             found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
             if not found:
-                raise UserError(f"{name}: no shard has such a name; mend the pattern")
+                raise UserError(f"{name}: no shard matches; correct the pattern")
             files += map(Path, found)
     missing = [file for file in files if not file.is_file()]
     if missing:

@@ -89,7 +89,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", help="flickr30k, coco, or an annotation file; default: the run's own data")
     parser.add_argument("--data-root", help="folder that the annotations' image paths start from")
     parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
-    parser.add_argument("--k", type=int, default=10, help="candidates reranked a query (default: 10)")
+    parser.add_argument("--k", type=int, default=10, help="candidates reranked per query (default: 10)")
     parser.add_argument(
         "--folds",
         type=int,

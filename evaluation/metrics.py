@@ -59,7 +59,7 @@ def gain_interval(before: np.ndarray, after: np.ndarray, resamples: int = 10_000
 
 
 def median_rank(ranks: np.ndarray) -> float:
-    """Median of the 0-based ranks [Q], told from 1 on and rounded down, as VSE++ and its successors report it."""
+    """Median of the 0-based ranks [Q], counted from 1 and rounded down, as VSE++ and its successors report it."""
     return float(np.floor(np.median(ranks)) + 1)
 
 

@@ -3,10 +3,10 @@
 No loop over queries: the pairs of all queries are one list, ordered by caption length so that a micro-batch holds
 similar lengths, and cut into fixed micro-batches that are dealt out to the ranks. A micro-batch's arithmetic does not
 depend on who computes it, so the rankings are the same, bit for bit, for any number of processes. Letters: Q queries,
-N candidates, C captions, k candidates reranked a query, D kept, De embedding width.
+N candidates, C captions, k candidates reranked per query, D kept, De embedding width.
 
-    results = evaluate(model, backbone, dataset, ranks, k=10)
-    results.t2i.summary()["reranked"]["R@1"]
+    results = evaluate(model, backbone, dataset, distributed, k=10)
+    results.t2i.figures().columns["reranked"].metrics["R@1"]
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Letters: B, N images, C captions, Q pairs, P patch tokens, Dv patch width, De em
 H joint encoder width. Source: EDJE (arXiv 2510.06820), section 3.
 
     model = EDJE.from_pretrained("runs/demo")
-    tokens = model.compress(patch_tokens)             # [B, P, Dv] -> [B, m, H], once an image
+    tokens = model.compress(patch_tokens)             # [B, P, Dv] -> [B, m, H], once per image
     logits = model.score(captions, tokens)            # B captions, [B, m, H] -> [B] float32
 """
 

@@ -101,6 +101,8 @@ class MatchPass(ABC):
         captions: C ragged captions; tokens: [N, m, H]; caption_index, image_index: [Q] int64; similarities: [Q]
         first-stage cosines, needed exactly where the model was built with residual_similarity. Returns [Q] float32.
         A pair's logit does not depend on the other pairs of the batch."""
+        if not len(caption_index):
+            return self.similarity_log_weight.new_zeros(0)
         captions = captions.truncate(self.max_joint_pieces)
         packed = self.encoder.pack_pairs(captions, tokens, caption_index, image_index)
         return self.logits_of(self.encoder.encode_cls(packed), similarities)

@@ -29,7 +29,7 @@ from models.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(?P<open><!-- table: (?P<command>.+?) -->)\n(?P<body>.*?)(?P<close><!-- /table -->)", re.DOTALL)
-SCRIPTS = ("ablate", "benchmark", "results_table", "scene_errors", "scene_words")
+SCRIPTS = ("ablate", "benchmark", "results_table", "scene_errors")
 """Those that print tables from records."""
 
 
@@ -42,9 +42,8 @@ def with_current_tables(text: str, where: str) -> str:
     """A document with every marked table printed again. where: the document, for messages.
 
     Raises UserError for a marker without its partner or a command that is not one of SCRIPTS."""
-    if text.count("<!-- table:") != len(TABLE.findall(text)) or text.count("<!-- /table -->") != len(
-        TABLE.findall(text)
-    ):
+    pairs = len(TABLE.findall(text))
+    if text.count("<!-- table:") != pairs or text.count("<!-- /table -->") != pairs:
         raise UserError(f"{where}: `<!-- table: COMMAND -->` and `<!-- /table -->` must come in pairs")
     return TABLE.sub(lambda match: f"{match['open']}\n\n{printed(match['command'], where)}\n\n{match['close']}", text)
 

@@ -30,6 +30,7 @@ from models.config import BackboneConfig
 from models.distributed import DistributedContext, process_group
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
+from models.precision import dtype_name, resolve_precision
 from models.stores.codecs import CODECS
 from models.stores.indexing import Images, ImageSource, find_images, precompute, precompute_captions, unreadable_images
 from models.stores.token_store import TokenStore
@@ -125,9 +126,11 @@ def leave_out_unreadable(items: Items, distributed: DistributedContext, num_work
 
 def load_models(args: argparse.Namespace, distributed: DistributedContext) -> tuple[Backbone, EDJE | None]:
     """The backbone and the model of the checkpoint, or the backbone named by the options and no model."""
+    # One precision for all ranks: their machines may differ, and the store is one.
+    precision = dtype_name(distributed.agree(resolve_precision(args.precision, distributed.device)))
     if args.checkpoint is not None:
         model = EDJE.from_pretrained(args.checkpoint, device=distributed.device)
-        return Backbone.load(model.config.backbone, distributed.device, args.precision), model
+        return Backbone.load(model.config.backbone, distributed.device, precision), model
     config = BackboneConfig(
         name=args.backbone_name,
         pretrained=args.backbone_pretrained,
@@ -136,7 +139,7 @@ def load_models(args: argparse.Namespace, distributed: DistributedContext) -> tu
         token_stages=tuple(args.token_stages),
         token_grid=args.token_grid,
     )
-    return Backbone.load(config, distributed.device, args.precision), None
+    return Backbone.load(config, distributed.device, precision), None
 
 
 def describe(store: TokenStore, what: str) -> str:

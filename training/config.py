@@ -180,6 +180,12 @@ class ObjectivesConfig:
     teacher: str = ""
     """Checkpoint of the local model whose logits are distilled; goes with a distillation weight above 0."""
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights that are not 0, by objective."""
+        names = ("itm", "mlm", "text_recovery", "itc", "altered_captions", "distillation")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
     def __post_init__(self) -> None:
         if self.align_steps and not (self.itc or self.mlm or self.text_recovery or self.altered_captions):
             raise UserError(
@@ -289,6 +295,8 @@ class RunConfig:
     """Keys such as `model.adapter.num_tokens` that a file, its `base:` or the command line set, and no default did."""
 
     def __post_init__(self) -> None:
+        if not self.objectives.weights:
+            raise UserError("the weights of all objectives are 0: nothing would be trained; raise one of objectives.*")
         micro_batch = self.training.batch_size // self.training.accumulation
         if self.negatives.mode == "groups" and micro_batch % self.negatives.group_size:
             raise UserError(

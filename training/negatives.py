@@ -113,6 +113,11 @@ class Negatives(ABC):
         count = len(inputs.rows)
         return torch.arange(count) + self.distributed.rank * count
 
+    @property
+    def rows_together(self) -> int:
+        """A rank's rows of a micro-batch must be a multiple of this."""
+        return 1
+
     def neighbours(
         self, keys: CaptionKeys, dataset: CaptionDataset, embeddings: Embeddings, labels: Labels
     ) -> Tensor | None:
@@ -240,7 +245,15 @@ class GroupPairs(ChosenPairs):
         }
 
 
-class BatchGroups(Negatives):
+class _Groups(Negatives):
+    """Groups of rows, each within the share of one rank."""
+
+    @property
+    def rows_together(self) -> int:
+        return self.config.group_size
+
+
+class BatchGroups(_Groups):
     """Groups of mutual neighbours within the global batch: every rank forms the same ones and takes its share."""
 
     def choose(self, inputs: StepInputs, scope: Scope) -> GroupPairs:
@@ -255,7 +268,7 @@ class BatchGroups(Negatives):
         return f"groups of {self.config.group_size}, from the batch"
 
 
-class DatasetGroups(Negatives):
+class DatasetGroups(_Groups):
     """Groups of neighbours in the whole data set, which the sampler laid out in consecutive rows of one rank."""
 
     def shared(self, tokens: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ Source: EDJE (arXiv 2510.06820), training objectives; the losses themselves are 
 the mean over its own rows, on tensors gathered with gradients; the mean over ranks, of values and of gradients, is that
 of one process on the whole batch.
 
-Letters: B rows of the global batch, b rows of this rank, h negatives per positive, G groups of g rows, V vocabulary,
-De embedding width, m vision tokens, H joint encoder width, L layers.
+Letters: B rows of the global batch, b rows of this rank, Q pairs, H joint encoder width.
 """
 
 from __future__ import annotations
@@ -218,7 +217,7 @@ def check_words(config: ObjectivesConfig, tokenizer: CaptionTokenizer) -> None:
 def _words_of_one_group(
     captions: CaptionIds, groups: Sequence[Sequence[str]], tokenizer: CaptionTokenizer, preferences: Tensor
 ) -> Tensor:
-    """[T] bool: the words of one group a caption, of those that occur in it the one with the highest of
+    """[T] bool: the words of one group per caption, of those that occur in it the one with the highest of
     `preferences` [C, groups], all above 0."""
     members = torch.stack([torch.isin(captions.ids, whole_words(g, tokenizer, "objectives.mlm_words")) for g in groups])
     caption_of = torch.repeat_interleave(captions.lengths)

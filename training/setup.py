@@ -183,8 +183,9 @@ def refuse_contradictions(config: RunConfig, brought: Mapping[str, object], wher
             continue
         name = FORMER_ADAPTER_KEYS.get(name, name)
         values = attrgetter(section)(config), brought[section]
-        if not all(hasattr(value, name) for value in values):
-            continue  # adapters of two kinds, whose `kind` differs anyway
+        if not all(hasattr(value, name) for value in values):  # adapters of two kinds
+            problems.append(f"{key} is given for another kind of adapter than the checkpoint's")
+            continue
         ours, theirs = (getattr(value, name) for value in values)
         if ours != theirs:
             problems.append(f"{key} is {ours}, the checkpoint's is {theirs}")
@@ -221,6 +222,12 @@ def build_batches(
     """The run's batches: this rank's share of each global micro-batch."""
     accumulation = config.training.accumulation
     strategy = negatives_strategy(config.negatives, config.seed, distributed)
+    own_rows = config.training.batch_size // accumulation // distributed.size
+    if own_rows % strategy.rows_together:
+        raise UserError(
+            f"each of {distributed.size} processes has {own_rows} rows of a micro-batch, which negatives.group_size "
+            f"({strategy.rows_together}) does not divide; change training.batch_size or the number of processes"
+        )
     embeddings = retriever or features.embeddings
     neighbours = None
     if embeddings is not None:

@@ -121,7 +121,7 @@ def located_from(directory: str | Path, pretrained: str) -> str:
     if not is_relative_to_checkpoint(pretrained):
         return pretrained
     located = Path(os.path.abspath(Path(directory, pretrained)))
-    # Checkpoints of before this rule meant the working directory; where only that path exists, it is what they meant.
+    # Older checkpoints meant the working directory; where only that path exists, it is what they meant.
     return pretrained if Path(pretrained).exists() and not located.exists() else str(located)
 
 

@@ -38,7 +38,7 @@ _CARD = """\
 # {name}
 
 [EDJE](https://arxiv.org/abs/2510.06820) reranks images with text: a joint encoder of {layers} layers scores a
-caption with {tokens} vision tokens of width {width} an image, which are computed once and stored.
+caption with {tokens} vision tokens of width {width} per image, which are computed once and stored.
 
 ## Use
 

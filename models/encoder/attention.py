@@ -32,7 +32,7 @@ def sequence_attention(
     """The form of attention that suits the device, for sequences that lie as `groups` say.
 
     It is called with queries [T, H] and keys_values [T, 2H] and gives [T, H], before the output projection; with
-    `one_query=True`, queries and result are [Q, H], one row a sequence in the order of the groups."""
+    `one_query=True`, queries and result are [Q, H], one row per sequence in the order of the groups."""
     if device.type == "cpu":
         return AttentionByLength(groups, num_heads, dropout)
     return AttentionAtOnce(groups, num_heads, dropout, device)

@@ -27,7 +27,7 @@ KMEANS_ROUNDS = 10
 
 
 class _MLP(nn.Module):
-    """fc2(act(fc1(x))), the two-layer perceptron of both adapters."""
+    """fc2(act(fc1(x))), the two-layer perceptron of the adapters."""
 
     def __init__(self, width_in: int, hidden: int, width_out: int, activation: str):
         super().__init__()
@@ -108,7 +108,7 @@ class TokenCompressionAdapter(_CompressionBlock):
         super().__init__(config, patch_width)
         self.projection = nn.Linear(patch_width, hidden_size)
         self.query = nn.Parameter(torch.empty(1, config.num_tokens, patch_width), requires_grad=config.learn_queries)
-        self.places = _position_table(config, dims)
+        self.places = _position_table(config, dims)  # its name in the files of checkpoints
         if self.places is None:
             nn.init.normal_(self.query, std=patch_width**-0.5 if config.query_std is None else config.query_std)
         else:
@@ -141,7 +141,7 @@ class LocalProjection(_MLP):
 
     def __init__(self, config: AdapterConfig, dims: BackboneDims, hidden_size: int):
         super().__init__(dims.patch_width, config.mlp_width, hidden_size, config.activation)
-        self.places = _position_table(config, dims)
+        self.places = _position_table(config, dims)  # its name in the files of checkpoints
 
     def forward(self, patches_BPD: Tensor) -> Tensor:
         return super().forward(_with_positions(patches_BPD, self.places))
@@ -216,8 +216,8 @@ def _grid_of(num_tokens: int) -> tuple[int, int]:
     return rows, num_tokens // rows
 
 
-def _with_positions(patches_BPD: Tensor, places: nn.Parameter | None) -> Tensor:
-    return patches_BPD if places is None else patches_BPD + places
+def _with_positions(patches_BPD: Tensor, table: nn.Parameter | None) -> Tensor:
+    return patches_BPD if table is None else patches_BPD + table
 
 
 def _position_table(config: AdapterConfig, dims: BackboneDims) -> nn.Parameter | None:

@@ -249,8 +249,8 @@ def _load_tag(name: str, tag: str) -> OpenClipModel:
 def _load_file(name: str, file: Path) -> tuple[OpenClipModel, str]:
     if not file.is_file():
         raise UserError(
-            f"backbone {name}: backbone.pretrained is {str(file)!r}, which is no file, no directory and no tag of this "
-            f"architecture; its tags: {', '.join(list_pretrained_tags_by_model(name)) or 'none'}; or 'random'"
+            f"backbone {name}: backbone.pretrained is {str(file)!r}, which is neither a file, a directory nor a tag "
+            f"of this architecture; its tags: {', '.join(list_pretrained_tags_by_model(name)) or 'none'}; or 'random'"
         )
     try:
         clip = _create(name, pretrained=str(file))

@@ -89,8 +89,8 @@ def _load_trunk(name: str, pretrained: str) -> tuple[nn.Module, str]:
         return _create(f"{name}.{pretrained}", where=f"weights {name}.{pretrained}", pretrained=True), pretrained
     if not Path(pretrained).is_file():
         raise UserError(
-            f"backbone.token_model {name}: backbone.token_pretrained is {pretrained!r}, which is no file, no directory "
-            f"and no tag of this model; its tags: {', '.join(tags) or 'none'}; or 'random'"
+            f"backbone.token_model {name}: backbone.token_pretrained is {pretrained!r}, which is neither a file, a "
+            f"directory nor a tag of this model; its tags: {', '.join(tags) or 'none'}; or 'random'"
         )
     return _with_weights(_create(name, where=name), Path(pretrained))
 

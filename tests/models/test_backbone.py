@@ -230,8 +230,8 @@ def unreachable(*_, **__):
     [
         ({"name": "ViT-Q"}, "'ViT-Q' is not an open_clip architecture"),
         ({"pretrained": "no/such/folder"}, "'no/such/folder' is not a directory"),
-        ({"name": "ViT-B-32", "pretrained": "nowhere.pt"}, "'nowhere.pt', which is no file.*openai"),
-        ({"name": "ViT-B-32"}, "is no file.*or 'random'"),
+        ({"name": "ViT-B-32", "pretrained": "nowhere.pt"}, "'nowhere.pt', which is neither a file.*openai"),
+        ({"name": "ViT-B-32"}, "is neither a file.*or 'random'"),
     ],
 )
 def test_unknown_architecture_or_weights_are_named(config, message):

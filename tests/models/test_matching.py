@@ -109,3 +109,8 @@ def test_a_long_caption_is_read_to_the_configured_length_by_library_reranker_and
     own = results.t2i.candidates == torch.arange(3)[:, None].numpy()
     torch.testing.assert_close(torch.from_numpy(reranked), direct, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.from_numpy(results.t2i.logits[own]), direct, rtol=1e-4, atol=1e-4)
+
+
+def test_no_pairs_have_no_logits(model):
+    tokens = torch.zeros(0, model.config.num_vision_tokens, model.config.encoder.hidden_size)
+    assert model.score([], tokens, torch.zeros(0)).shape == model.optimized().score([], tokens).shape == (0,)

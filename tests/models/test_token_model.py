@@ -164,7 +164,7 @@ def write_beit(directory: Path) -> Path:
         ({"token_model": "vit_q"}, "backbone.token_pretrained is empty"),
         ({"token_model": "vit_q", "token_pretrained": "random"}, "'vit_q' is not a timm model"),
         ({"token_pretrained": "no/such/folder"}, "'no/such/folder' is not a directory"),
-        ({"token_model": "test_vit", "token_pretrained": "laion"}, "no file, no directory and no tag.*r160_in1k"),
+        ({"token_model": "test_vit", "token_pretrained": "laion"}, "neither a file, a directory nor a tag.*r160_in1k"),
         ({"token_model": "resnet18", "token_pretrained": "random"}, "backbone resnet18: .* needs token_stages"),
         ({"token_model": "pit_ti_224", "token_pretrained": "random"}, "pit_ti_224: .* does not say which"),
         ({"token_model": "test_vit", "token_pretrained": "random", "token_stages": (9,), "token_grid": 4},

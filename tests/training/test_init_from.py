@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
-from data.caption_datasets import CaptionDataset
+from data.caption_datasets import CaptionDataset, load_annotations
+from data.neighbours import CaptionKeys
 from models.checkpoints.checkpoint import read_config
+from models.config import LocalConfig
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
@@ -16,7 +18,7 @@ from tests.processes import ROOT, run_script
 from tests.tiny_model import make_model
 from training.config import load_config
 from training.features import BackboneFeatures
-from training.setup import build_model, refuse_contradictions
+from training.setup import build_batches, build_model, refuse_contradictions
 
 PRETRAINED = "configs/pretrained/scenes"
 
@@ -104,3 +106,23 @@ def test_the_saved_configuration_of_a_run_tells_the_sizes_of_its_model(checkpoin
     assert (saved.model.adapter.num_tokens, saved.model.max_caption_tokens) == (4, 40)
     again = run_script("train.py", "--config", out / "config.yaml", "training.steps=1", f"output={tmp_path / 'again'}")
     assert again.returncode == 0, again.stderr[-2000:]
+
+
+def test_a_setting_of_another_kind_of_adapter_than_the_checkpoints_is_named(tmp_path, run_config, backbone):
+    make_model(backbone, tmp_path / "vocab.txt", adapter=LocalConfig(mlp_width=8)).save_pretrained(tmp_path / "local")
+    with pytest.raises(UserError, match="model.adapter.num_blocks is given for another kind of adapter"):
+        built_from(tmp_path / "local", run_config, backbone, "model.adapter.num_blocks=2")
+
+
+def test_groups_that_a_ranks_rows_cannot_form_are_refused(scenes, run_config, backbone):
+    groups = ["negatives.mode=groups", "negatives.group_size=4", "training.batch_size=12", "training.precision=float32"]
+    config, features = load_config(run_config, groups), BackboneFeatures(backbone)
+    dataset = load_annotations(scenes / "dataset_scenes.json", scenes, "train")
+    build_batches(config, features, None, dataset, CaptionKeys(dataset), DistributedContext())
+    with pytest.raises(UserError, match=r"each of 2 processes has 6 rows.*negatives.group_size \(4\) does not divide"):
+        build_batches(config, features, None, dataset, CaptionKeys(dataset), DistributedContext(rank=1, size=2))
+
+
+def test_a_run_without_any_objective_is_refused(run_config):
+    with pytest.raises(UserError, match="the weights of all objectives are 0"):
+        load_config(run_config, [f"objectives.{name}=0" for name in ("itm", "mlm", "text_recovery", "itc")])
