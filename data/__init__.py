@@ -1,0 +1,1 @@
+"""Data sets as images and captions, the batches that training reads, and what must not be a negative."""

@@ -143,9 +143,9 @@ class BatchPlan:
     def _in_order(self, first: int, count: int) -> np.ndarray:
         """Images at positions first .. first + count - 1 of the run: epoch after epoch, each in an order of its own."""
         positions = np.arange(first, first + count)
-        epochs, places = np.divmod(positions, len(self.dataset))
+        epochs, offsets = np.divmod(positions, len(self.dataset))
         orders = {int(epoch): _epoch_order(self.dataset, self.seed, int(epoch)) for epoch in np.unique(epochs)}
-        return np.array([orders[e][p] for e, p in zip(epochs.tolist(), places, strict=True)], np.int64)
+        return np.array([orders[e][p] for e, p in zip(epochs.tolist(), offsets, strict=True)], np.int64)
 
     def _group(self, number: int, group: int, anchor: int, neighbours: Tensor) -> np.ndarray:
         """The anchor and its members, all different as far as the data set allows."""

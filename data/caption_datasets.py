@@ -40,7 +40,7 @@ Row = tuple[str, object, str | None]
 
 @dataclass(frozen=True, eq=False)
 class CaptionDataset:
-    """The images of one split and their captions, one image's captions behind the other's."""
+    """The images of one split and their captions, grouped by image."""
 
     root: Path
     """Folder that image ids are relative to."""
@@ -51,9 +51,9 @@ class CaptionDataset:
     caption_image: np.ndarray
     """[C] int64, ascending: index into image_ids of each caption's image. Every image occurs."""
     subsets: Sequence[str | None]
-    """[N] label of a part of the split that is reported by itself, None where the file has none."""
+    """[N] label of a part of the split that is reported separately, None where the file gives none."""
     folder: Path | None = None
-    """The cached columns that it was opened from: a process started afresh opens them again instead of a copy."""
+    """The cached columns it was opened from: a spawned process opens them again instead of receiving a copy."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -80,8 +80,8 @@ class CaptionDataset:
         if missing:
             raise UserError(
                 f"{self.path(missing[0])}: no such image, or an empty file; {len(missing)} of the {len(self)} images "
-                f"of {file} are so under {self.root}; pass the folder that the file's paths start from as data root, "
-                "or fetch the images again"
+                f"of {file} are missing or empty under {self.root}; pass the folder that the file's paths are relative "
+                "to as data root, or download the images again"
             )
 
     def caption_range(self, image: int) -> tuple[int, int]:
@@ -98,13 +98,13 @@ def load_annotations(
     cache: str | Path | None = None,
     document: Any = None,
 ) -> CaptionDataset:
-    """Read one split of an annotation file, or all (None); `check_images` also looks whether every image file exists.
+    """Read one split of an annotation file, or all (None); `check_images` also checks that every image file exists.
 
     Several files are read as one: an image that two of them list has the captions of both. With `cache`, a folder, the
-    columns are written there once and memory-mapped from then on. `document` is a Karpathy file's content where it was
-    read already, for one split after the other. For a BLIP/ALBEF list, which is one split, `split`
-    chooses nothing. Reading 5M pairs peaks at 1.6 GB, once; training from them then takes 1.5 GB in all, with 4 workers
-    and the libraries (benchmarks/results/lists_cpu.json).
+    columns are written there once and memory-mapped from then on. `document` is the content of a Karpathy file that was
+    read before, for another split. A BLIP/ALBEF list is one split, so `split` has no effect on it. Reading 5M pairs
+    peaks at 1.6 GB, once; training from them then takes 1.5 GB in all, with 4 workers and the libraries
+    (benchmarks/results/lists_cpu.json).
 
     Raises UserError naming the file and the first row that is wrong: missing file, no JSON, no such split (with those
     there are), no images, a path, split or subset that is no text of one line, an image without captions, twice in a
@@ -113,7 +113,7 @@ def load_annotations(
     paths = [Path(file) for file in ((files,) if isinstance(files, str | Path) else files)]
     twice = [str(file) for file, count in Counter(paths).items() if count > 1]
     if twice:
-        raise UserError(f"{twice[0]}: named twice; name each annotation file once")
+        raise UserError(f"{twice[0]}: given twice; name each annotation file once")
     if cache is None:
         dataset = _dataset(_read_columns(paths, split, root, document), Path(root))
     else:
@@ -194,8 +194,8 @@ def _may_be_respelled(path: str) -> bool:
     return path[:1] in "./" or "/." in path or "//" in path or path[-1:] == "/"
 
 
-def _place(image_id: str, root: str) -> str:
-    """The plainest spelling of a path under the absolute `root`, by its letters alone: no file is looked at."""
+def _plain_path(image_id: str, root: str) -> str:
+    """The normalised spelling of a path under the absolute `root`, from its text alone: no file is read."""
     if not _may_be_respelled(image_id):
         return image_id
     return posixpath.normpath(posixpath.join(root, image_id)).removeprefix(root.rstrip("/") + "/")
@@ -220,20 +220,20 @@ def _read_columns(files: Sequence[Path], split: str | None, root: str | Path, do
             labels.append(label or "")
             has_subsets |= bool(label)
             digests += _digest(image_id)
-            if _may_be_respelled(image_id) and (place := _place(image_id, root)) != image_id:
+            if _may_be_respelled(image_id) and (path := _plain_path(image_id, root)) != image_id:
                 respelled_rows.append(len(captions_of_row))
-                respelled_digests += _digest(place)
+                respelled_digests += _digest(path)
             captions_of_row.append(len(captions_here))
             is_list_row.append(isinstance(caption, list))
         first_rows.append(len(captions_of_row))
         if first_rows[-1] == first_rows[-2]:
-            raise UserError(f"{file}: it lists no images; pass an annotation file of a data set")
+            raise UserError(f"{file}: lists no images; pass an annotation file of a data set")
     digest_of_row = np.frombuffer(digests, np.uint64).reshape(-1, 2)
     image_of_row = _number_by_first(digest_of_row)
     if respelled_rows:
-        places = digest_of_row.copy()
-        places[np.frombuffer(respelled_rows, np.int64)] = np.frombuffer(respelled_digests, np.uint64).reshape(-1, 2)
-        _refuse_two_spellings(files, ids.column(), image_of_row, _number_by_first(places), first_rows)
+        plain = digest_of_row.copy()
+        plain[np.frombuffer(respelled_rows, np.int64)] = np.frombuffer(respelled_digests, np.uint64).reshape(-1, 2)
+        _refuse_two_spellings(files, ids.column(), image_of_row, _number_by_first(plain), first_rows)
     rows = np.argsort(image_of_row, kind="stable")  # the rows of an image one behind the other, in the files' order
     again = np.concatenate([[False], np.diff(image_of_row[rows]) == 0])
     _refuse_second_lists(files, ids.column(), rows, again, np.frombuffer(is_list_row, np.uint8), np.array(first_rows))
@@ -261,16 +261,20 @@ def _number_by_first(digests: np.ndarray) -> np.ndarray:
 
 
 def _refuse_two_spellings(
-    files: Sequence[Path], ids: TextColumn, image_of_row: np.ndarray, place_of_row: np.ndarray, first_rows: list[int]
+    files: Sequence[Path],
+    ids: TextColumn,
+    image_of_row: np.ndarray,
+    plain_of_row: np.ndarray,
+    first_rows: list[int],
 ) -> None:
-    """Images that differ, numbered in the order of their first rows, must lie in places that differ."""
-    wrong = np.flatnonzero(place_of_row != image_of_row)
+    """Raise UserError if two image ids are the same file; images are numbered in the order of their first rows."""
+    wrong = np.flatnonzero(plain_of_row != image_of_row)
     if len(wrong):
         row = int(wrong[0])
-        other = int(np.argmax(place_of_row == place_of_row[row]))
+        other = int(np.argmax(plain_of_row == plain_of_row[row]))
         raise UserError(
-            f"{files[int(np.searchsorted(first_rows, row, side='right')) - 1]}: image {ids[row]!r} is the file of "
-            f"{ids[other]!r} in another spelling; write its path in one"
+            f"{files[int(np.searchsorted(first_rows, row, side='right')) - 1]}: image {ids[row]!r} is the same file as "
+            f"{ids[other]!r}, spelled differently; spell its path one way"
         )
 
 
@@ -327,19 +331,19 @@ def _karpathy_rows(images: list[Any], split: str | None, file: Path, root: str) 
 
 def _refuse_repeated_numbers(images: list[dict[str, Any]], ids: list[str], file: Path, root: str) -> None:
     """Over all splits of a Karpathy file: an image in one split, `imgid` and `sentid` once where they are given."""
-    split_of_place: dict[str, Any] = {}
+    split_of_path: dict[str, Any] = {}
     image_of_number: dict[int | str, str] = {}
     image_of_sentence: dict[int | str, str] = {}
     for image, image_id in zip(images, ids, strict=True):
-        place, split, number = _place(image_id, root), image.get("split"), image.get("imgid")
-        if place in split_of_place:
-            if split != split_of_place[place]:
+        path, split, number = _plain_path(image_id, root), image.get("split"), image.get("imgid")
+        if path in split_of_path:
+            if split != split_of_path[path]:
                 raise UserError(
-                    f"{file}: image {image_id!r} is in the splits {split_of_place[place]!r} and {split!r}; an image "
+                    f"{file}: image {image_id!r} is in the splits {split_of_path[path]!r} and {split!r}; an image "
                     "belongs to one, remove it from the other"
                 )
             continue  # twice in one split, which is said where that split is read
-        split_of_place[place] = split
+        split_of_path[path] = split
         if isinstance(number, int | str) and image_of_number.setdefault(number, image_id) != image_id:
             raise UserError(
                 f"{file}: images {image_of_number[number]!r} and {image_id!r} have one imgid, {number!r}; "
@@ -363,7 +367,7 @@ _UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def _check_names(record: dict[str, Any], fields: Sequence[str], where: str) -> None:
-    """Raise UserError unless these fields, where there are any, are text of one line."""
+    """Raise UserError unless each of these fields that is present is text of one line."""
     for field in fields:
         value = record.get(field)
         if value is None or (isinstance(value, str) and (value.isprintable() or not _UNFIT_FOR_NAMES.search(value))):

@@ -1,4 +1,4 @@
-"""JSON files as large as they come: a list is read element by element, in the memory of one of them.
+"""JSON files of any size: a list is read element by element, in the memory of one element.
 
 for row in list_elements("cc12m.json"):     # 1 GB of JSON, 1 MB of it in memory
     ...

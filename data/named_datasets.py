@@ -22,12 +22,12 @@ SPLITS = ("train", "val", "test")
 ANNOTATION_FOLDERS = ("", "annotations", "annotation", "caption_datasets")
 """Where annotation files lie under the root: beside the images, in BLIP's folder, or as Karpathy's archive unpacks."""
 WHERE_TO_GET = "; scripts/prepare_data.py says where people get it"
-"""End of the errors about a file to fetch; that script itself leaves it out."""
+"""End of errors about a missing file; that script itself drops it."""
 
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """What is known about a public data set, under a folder `root` of the user's."""
+    """A public data set's files and sizes, under the user's folder `root`."""
 
     title: str
     karpathy_file: str
@@ -38,7 +38,7 @@ class NamedDataset:
     sizes: dict[str, tuple[int, int]]
     """Split -> images and captions. COCO's `train` includes restval."""
     annotation_sources: tuple[tuple[str, str], ...]
-    """What is to be fetched, and where people get it."""
+    """What to download, and where."""
     image_sources: tuple[tuple[str, str], ...]
 
     def annotations(self, root: str | Path, split: str) -> Path:
@@ -55,7 +55,7 @@ class NamedDataset:
         )
 
     def image_root(self, root: str | Path, dataset: CaptionDataset) -> Path:
-        """The folder that image paths start from: the one under which most of the first 100 images exist."""
+        """The folder that image paths are relative to: the one that holds most of the first 100 images."""
         first = dataset.image_ids[:100]
         folders = [Path(root) / folder for folder in self.image_folders]
         return max(folders, key=lambda folder: sum(may_be_image(folder / image_id) for image_id in first))

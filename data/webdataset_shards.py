@@ -2,10 +2,10 @@
 
     dataset = load_shards("cc12m/{00000..01242}.tar", root="/data", cache="/data/index")
 
-Each shard is read through once, for the captions and for where its images lie; the columns are cached. A set of shards
+Each shard is read once, for its captions and the positions of its images, and the columns are cached. A set of shards
 is then a CaptionDataset whose images are byte ranges: any sample can be read at any time, so batches, ranks, workers
-and resume are those of every other data set. Only the order differs: shards are shuffled, then the samples of a few
-shards at a time, so that what is read at one time lies together.
+and resume work as for every other data set. Only the order differs: shards are shuffled, then the samples of a few
+shards at a time, so that reads stay close together.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class ShardDataset(CaptionDataset):
 
 @lru_cache(maxsize=4 * SHARDS_AT_A_TIME)
 def _shard_file(path: str) -> io.FileIO:
-    """An open shard; one that is pushed out of the cache closes itself."""
+    """An open shard; it is closed when it leaves the cache."""
     return open(path, "rb", buffering=0)
 
 
@@ -127,7 +127,7 @@ def _open(folder: Path, root: Path) -> ShardDataset:
 
 
 def find_shards(patterns: Sequence[str], root: Path) -> list[Path]:
-    """The files that patterns name, in the patterns' order, those of a glob by name."""
+    """The files matching the patterns, in the patterns' order; the files of one glob sorted by name."""
     files: list[Path] = []
     for pattern in patterns:
         for name in _expand_braces(str(root / pattern)):
@@ -138,8 +138,8 @@ def find_shards(patterns: Sequence[str], root: Path) -> list[Path]:
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise UserError(
-            f"{missing[0]}: no such shard; {len(missing)} of {len(files)} shards are missing; fetch them, or name "
-            "only those that are there"
+            f"{missing[0]}: no such shard; {len(missing)} of {len(files)} shards are missing; download them, or "
+            "name only those that exist"
         )
     twice = [file for file, count in Counter(files).items() if count > 1]
     if twice:
@@ -183,7 +183,7 @@ def _index_shards(files: list[Path], num_workers: int) -> Columns:
 
 @contextmanager
 def _workers(count: int) -> Iterator:
-    """A map over `count` processes, in order; the first error ends them all."""
+    """An ordered map over `count` processes; the first error ends all of them."""
     if count < 2:
         yield map
         return
@@ -195,8 +195,8 @@ def _index_shard(file: Path) -> tuple[TextColumn, TextColumn, np.ndarray, np.nda
     """Member names and captions of a shard's images, their first bytes and sizes, in the order of the shard."""
     samples = _samples(file)
     if not samples:
-        raise UserError(f"{file}: holds no samples; remove the shard, or name others")
-    names, captions, places = TextBuilder(), TextBuilder(), []
+        raise UserError(f"{file}: holds no samples; remove this shard")
+    names, captions, extents = TextBuilder(), TextBuilder(), []
     with file.open("rb") as content:
         for key, members in samples.items():
             images = [members[extension] for extension in IMAGE_EXTENSIONS if extension in members]
@@ -207,13 +207,13 @@ def _index_shard(file: Path) -> tuple[TextColumn, TextColumn, np.ndarray, np.nda
                 )
             captions.append(_caption(content, members, key, file))
             names.append(images[0].name)
-            places.append((images[0].offset_data, images[0].size))
-    starts, sizes = np.array(places, np.int64).T
+            extents.append((images[0].offset_data, images[0].size))
+    starts, sizes = np.array(extents, np.int64).T
     return names.column(), captions.column(), starts, sizes
 
 
 def _samples(file: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """Key -> extension -> member. Raises UserError if the file is no tar, or does not end as one does."""
+    """Key -> extension -> member. Raises UserError if the file is not a whole tar archive."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
         with tarfile.open(file, "r:") as tar, file.open("rb") as content:
@@ -223,16 +223,14 @@ def _samples(file: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
                     continue
                 members = samples.setdefault(name[1], {})
                 if name[2].lower() in members:
-                    raise UserError(
-                        f"{file}: member {member.name!r} is there twice; give every sample a key of its own"
-                    )
+                    raise UserError(f"{file}: member {member.name!r} occurs twice; give each sample its own key")
                 members[name[2].lower()] = member
             # tarfile stops silently at a header that is damaged or cut off; a whole archive ends in blocks of zeros.
             content.seek(tar.offset)
             if content.read(_BLOCK) != bytes(_BLOCK):
                 raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset:,}")
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{file}: not a whole uncompressed tar ({error}); fetch or write the shard again") from None
+        raise UserError(f"{file}: not a whole uncompressed tar ({error}); download or write the shard again") from None
     return samples
 
 

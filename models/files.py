@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, whenever the writer is killed."""
+"""Files and directories that appear whole or not at all, even if the writer is killed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def atomic_directory(final: str | Path) -> Iterator[Path]:
 
 
 def write_atomically(path: str | Path, content: str | bytes | Iterable[bytes | memoryview]) -> None:
-    """Write a file in one step: a reader sees the old content or the new, never a part, whenever the writer is killed.
+    """Write a file in one step: a reader sees the old content or the new, never a part, even if the writer is killed.
 
     Text is written as UTF-8; parts one behind the other. Written beside the file, flushed to disk, renamed; where that
     fails (a full disk) the temporary file is removed and the old file stays."""

@@ -1,11 +1,11 @@
-"""Check a download of Flickr30k or COCO, say exactly what is missing and where people get it, and what comes next.
+"""Check a download of Flickr30k or COCO, say exactly what is missing, where to get it, and what to run next.
 
 python scripts/prepare_data.py flickr30k --root flickr30k
 python scripts/prepare_data.py coco --root coco --splits test --decode 500 --list missing.txt
 
 Looks for either family of annotations (Karpathy's file, or BLIP's and ALBEF's list a split), compares every split's
-images and captions with the published counts, and looks for every image file; --decode also decodes a random sample.
-Downloads nothing, and writes nothing but the list that --list asks for. Exit code 2 if anything is missing.
+images and captions with the published counts, and checks that every image file exists; --decode also decodes a sample.
+Downloads nothing, and writes only the file named by --list. Exit code 2 if anything is missing.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Findings:
     """What is wrong with a download."""
 
     annotations: list[str] = field(default_factory=list)
-    """A line for each split whose captions are not there or not those published."""
+    """A line for each split whose captions are missing or differ from those published."""
     images: list[str] = field(default_factory=list)
     """A line for each split with missing images, and for each that does not decode."""
     missing: list[Path] = field(default_factory=list)
-    """Every image file that is not there, or empty."""
+    """Every image file that is missing or empty."""
 
 
 def read_once(file: Path, documents: dict[Path, Any]) -> Any:
@@ -59,7 +59,7 @@ def check_split(
     except UserError as error:
         findings.annotations.append(f"{split}: {str(error).removesuffix(WHERE_TO_GET)}")
         return None
-    images = tqdm(range(len(dataset)), desc=f"{split}: look for images", unit="image", delay=1)
+    images = tqdm(range(len(dataset)), desc=f"{split}: check images", unit="image", delay=1)
     missing = [i for i in images if not may_be_image(dataset.path(i))]
     print(
         f"{split}: {len(dataset):,} images and {len(dataset.captions):,} captions, as published; "
@@ -76,7 +76,7 @@ def check_split(
 
 
 def check_decoding(datasets: list[CaptionDataset], count: int, findings: Findings) -> None:
-    """Decode `count` random images of those that are there, the same ones each time."""
+    """Decode `count` random images of those that exist, the same ones each time."""
     missing = set(findings.missing)
     paths = [dataset.path(i) for dataset in datasets for i in range(len(dataset)) if dataset.path(i) not in missing]
     sample = random.Random(0).sample(paths, min(count, len(paths)))
@@ -91,7 +91,7 @@ def check_decoding(datasets: list[CaptionDataset], count: int, findings: Finding
 
 
 def write_list(file: Path, missing: list[Path]) -> None:
-    """The paths of all missing images, one a line."""
+    """Write the paths of all missing images, one per line."""
     try:
         write_atomically(file, "".join(f"{path}\n" for path in missing))
     except OSError as error:

@@ -3,7 +3,7 @@
     python scripts/train_embedder.py --config configs/embedders/emoji_scratch.yaml \\
         --annotations emoji/dataset_emoji.json --root emoji --out runs/embedder_emoji
 
-Training stops when validation recall has stopped rising, resumes after a kill, and leaves open_clip_config.json,
+Training stops when validation recall stops rising, resumes after a kill, and writes open_clip_config.json,
 open_clip_model.safetensors, the tokenizer and TRAINING.json (origin, seed, steps, recall, hash of the weights).
 """
 
@@ -52,12 +52,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML of an EmbedderConfig")
     parser.add_argument("--annotations", type=Path, required=True, help="Karpathy JSON with splits train and val")
-    parser.add_argument("--root", type=Path, required=True, help="folder that the file's image paths start from")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write; a started training resumes")
+    parser.add_argument("--root", type=Path, required=True, help="folder that the file's image paths are relative to")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; resumes a training begun there")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="at most this many steps, in place of the config's max_steps")
+    parser.add_argument("--steps", type=int, help="overrides the config's max_steps")
     parser.add_argument("--minutes", type=float, help="end within this many minutes of training")
-    parser.add_argument("--patience", type=int, help="in place of the config's patience")
+    parser.add_argument("--patience", type=int, help="overrides the config's patience")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()
 
@@ -67,7 +67,7 @@ def main() -> None:
     config = read_config(arguments)
     out: Path = arguments.out
     if (out / RECORD_FILE).exists():
-        print(f"{out} is trained already; remove it to train again")
+        print(f"{out} already holds a trained embedder; remove it to train again")
         return
     datasets = [load_annotations(arguments.annotations, arguments.root, split) for split in ("train", "val")]
     out.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def write_tokenizer(captions: Sequence[str], out: Path) -> dict:
 
 
 def load_towers(clip: OpenClipModel, image_folder: Path, text_folder: Path) -> None:
-    """Pretrained weights into both towers, which are then frozen; what stays trainable are the heads and the scale."""
+    """Load pretrained weights into both towers and freeze them; the heads and the logit scale stay trainable."""
     files = sorted(image_folder.glob("*.pth"))  # a pickled state keeps its order, safetensors does not
     if len(files) != 1:
         raise UserError(f"{image_folder}: {len(files)} files *.pth; expected one, the weights of the image tower")
@@ -195,7 +195,7 @@ def write_weights(clip: OpenClipModel, file: Path, half: bool) -> None:
 
 
 def write_record(arguments: argparse.Namespace, progress: Progress, out: Path) -> None:
-    """TRAINING.json: how to repeat this training and what came of it. Paths by their last name: no machine's paths."""
+    """TRAINING.json: how to repeat this training, and its results. Paths are cut to their last part."""
     command = f"python scripts/train_embedder.py --config {Path('configs/embedders', arguments.config.name)}"
     command += f" --annotations {arguments.annotations.name} --root {arguments.root.name} --out {out.name}"
     command += f" --seed {arguments.seed}"

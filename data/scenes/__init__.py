@@ -1,0 +1,1 @@
+"""The rendered scenes: coloured shapes, drawn on the spot, with captions that differ in word order alone."""

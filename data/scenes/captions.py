@@ -104,8 +104,8 @@ class Form:
         """One object and its place in the image, such as "a red circle above to the left"."""
         vertical = _off_middle(thing.y, "above", "below")
         horizontal = _off_middle(thing.x, "left", "right")
-        places = [self.words[side].removesuffix(" of") for side in (vertical, horizontal) if side]
-        return " ".join([self._noun_phrase(thing), *places])
+        sides = [self.words[side].removesuffix(" of") for side in (vertical, horizontal) if side]
+        return " ".join([self._noun_phrase(thing), *sides])
 
     def _noun_phrase(self, thing: SceneObject) -> str:
         words = [self.words.get(getattr(thing, kind), getattr(thing, kind)) for kind in self.kinds]

@@ -1,9 +1,9 @@
 """The world of the embedded data set: what objects and scenes there are, and how families of look-alikes are drawn.
 
-A scene has two or three objects, each with a size, a texture, a colour and a shape, at the places of a layout.
-Scenes come in families: siblings share the layout and all attribute values, but bind them to other objects or places
-("a red circle left of a blue square", "a blue circle left of a red square"). Who only counts words cannot tell
-siblings apart; who binds attributes to objects and places can. The same difficulty, for photographs: Winoground
+A scene has two or three objects, each with a size, a texture, a colour and a shape, at the positions of a layout.
+Scenes come in families: siblings share the layout and all attribute values, but bind them to other objects or positions
+("a red circle left of a blue square", "a blue circle left of a red square"). A model that only counts words cannot tell
+siblings apart; one that binds attributes to objects and positions can. The same difficulty, for photographs: Winoground
 (arXiv 2204.03162), ARO (arXiv 2210.01936); for rendered shapes: CLEVR (arXiv 1612.06890).
 """
 
@@ -34,12 +34,12 @@ LAYOUTS = {
     "bottom left": ((0.25, 0.75), (0.75, 0.75), (0.25, 0.25)),
     "bottom right": ((0.75, 0.75), (0.25, 0.75), (0.75, 0.25)),
 }
-"""Centres (x, y) of the places, as shares of the image. With three objects the first one stands in the named corner,
+"""Centres (x, y) of the positions, as shares of the image. With three objects the first one stands in the named corner,
 the second beside it in the same row, the third in the same column."""
 
 RELATION_MARGIN = 0.2
-"""A stands left of B if it is at least this share of the image further left. Places are 0.5 apart, moved by at most
-JITTER each, so a relation never hangs on the jitter."""
+"""A stands left of B if it is at least this share of the image further left. Positions are 0.5 apart, moved by at most
+JITTER each, so that no relation depends on the jitter."""
 
 JITTER = 0.03
 FAMILY_SIZES = (4, 5, 6)
@@ -69,7 +69,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in the order of the layout's places. `family` numbers the siblings' group over all splits."""
+    """Objects in the order of the layout's positions. `family` numbers the siblings' group over all splits."""
 
     family: int
     layout: str
@@ -158,7 +158,7 @@ def _new_family(size: int, number: int, families: set, facts: set, rng: random.R
 
 def _draw_family(size: int, number: int, num_objects: int, rng: random.Random) -> list[Scene]:
     """`size` different scenes that share layout and attribute values; fewer if there are not so many."""
-    layout = rng.choice([name for name, places in LAYOUTS.items() if len(places) == num_objects])
+    layout = rng.choice([name for name, centres in LAYOUTS.items() if len(centres) == num_objects])
     columns = {kind: rng.sample(VALUES[kind], num_objects) for kind in ("colour", "shape")}
     columns |= {kind: rng.choices(VALUES[kind], k=num_objects) for kind in ("size", "texture")}
     # Three fully described objects make too long a caption: there, size or texture stays with its place.

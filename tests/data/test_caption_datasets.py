@@ -100,12 +100,12 @@ def test_a_list_with_a_row_a_caption_equals_one_with_lists(tmp_path):
         (karpathy(("a.jpg", "test", ["bad \ud800 text"])), "'a.jpg' has the caption .*half a surrogate pair"),
         (karpathy(("a.jpg", "test", ["x"]), ("a.jpg", "val", ["y"])), "'a.jpg' is in the splits 'test' and 'val'"),
         (karpathy(("a.jpg", "test", ["x"]), ("b/../a.jpg", "val", ["y"])), "'b/../a.jpg' is in the splits"),
-        (karpathy(("a.jpg", "test", ["x"]), ("b/../a.jpg", "test", ["y"])), "'b/../a.jpg' is the file of 'a.jpg'"),
+        (karpathy(("a.jpg", "test", ["x"]), ("b/../a.jpg", "test", ["y"])), "'b/../a.jpg' is the same file as 'a.jpg'"),
         (numbered(("a.jpg", "test", 5, 1), ("b.jpg", "val", 5, 2)), "'a.jpg' and 'b.jpg' have one imgid, 5"),
         (numbered(("a.jpg", "test", 5, 1), ("b.jpg", "val", 6, 1)), "'a.jpg' and 'b.jpg', have one sentid, 1"),
         ([{"image": "a.jpg", "caption": "x", "subset": 3}], 'row 0: "subset" is 3'),
         ([{"image": "a\nb.jpg", "caption": "x"}], 'row 0: "image" is'),
-        ([{"image": "b.jpg", "caption": "x"}, {"image": "./b.jpg", "caption": "x"}], "is the file of 'b.jpg'"),
+        ([{"image": "b.jpg", "caption": "x"}, {"image": "./b.jpg", "caption": "x"}], "is the same file as 'b.jpg'"),
         ([{"image": "a.jpg"}], "row 0 lacks"),
         ([{"image": "a.jpg", "caption": None}], "'a.jpg' has the caption None"),
         ([{"image": "a.jpg", "caption": []}], "'a.jpg' has no captions"),
@@ -122,7 +122,7 @@ def test_a_wrong_file_is_an_error_of_one_line_that_names_it(tmp_path, document, 
 def test_a_path_that_leads_back_into_the_root_is_the_same_image(tmp_path, other):
     other = other.format(root=tmp_path.name, path=tmp_path)
     rows = [{"image": "b.jpg", "caption": "x"}, {"image": "a.jpg", "caption": "x"}, {"image": other, "caption": "y"}]
-    with pytest.raises(UserError, match="is the file of 'a.jpg' in another spelling"):
+    with pytest.raises(UserError, match="is the same file as 'a.jpg', spelled differently"):
         load(tmp_path, rows)
     assert load(tmp_path, [rows[0], rows[2], rows[2]]).image_ids == ["b.jpg", other]  # consistent: left as it is
 
@@ -218,7 +218,7 @@ def test_lists_of_captions_in_two_files_join_and_in_one_file_do_not(tmp_path):
 
 def test_a_file_named_twice_and_an_empty_one_among_others_are_errors(tmp_path):
     files = [write_list(tmp_path / "a.json", [("a.jpg", "x")]), write_list(tmp_path / "b.json", [])]
-    with pytest.raises(UserError, match="a.json: named twice"):
+    with pytest.raises(UserError, match="a.json: given twice"):
         load_annotations([files[0], files[0]], tmp_path, None)
-    with pytest.raises(UserError, match="b.json: it lists no images"):
+    with pytest.raises(UserError, match="b.json: lists no images"):
         load_annotations(files, tmp_path, None)

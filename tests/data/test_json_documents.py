@@ -1,4 +1,4 @@
-"""A list read element by element is what json.load reads, wherever the pieces end; what that refuses, this refuses."""
+"""A list read element by element is what json.load reads, wherever a chunk ends; what that refuses, this refuses."""
 
 import io
 import json

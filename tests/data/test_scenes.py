@@ -262,7 +262,7 @@ def test_more_scenes_than_the_world_has_are_refused_and_what_was_there_stays(tmp
     assert sorted(tmp_path.rglob("*")) == before, "the data set that was there is gone"
 
 
-def test_a_second_start_does_nothing_and_other_arguments_write_anew(tmp_path):
+def test_a_second_start_does_nothing_and_other_arguments_write_again(tmp_path):
     file = write_scenes(tmp_path, 8, 4, 4, seed=0)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
     write_scenes(tmp_path, 8, 4, 4, seed=0)

@@ -141,7 +141,7 @@ def test_a_byte_order_mark_is_not_part_of_a_caption(tmp_path):
         ([*sample(1)[:1], ("000000001.txt", b"\xff")], "member '000000001.txt' cannot be read"),
         (sample(1)[1:], "sample '000000001' has 0 images"),
         ([*sample(1), ("000000001.png", b"")], "sample '000000001' has 2 images"),
-        (sample(1) + sample(2) + sample(1), "member '000000001.jpg' is there twice"),
+        (sample(1) + sample(2) + sample(1), "member '000000001.jpg' occurs twice"),
         ([], "holds no samples"),
         ([("README", b"text")], "holds no samples"),
     ],
@@ -193,7 +193,7 @@ def test_patterns_are_braces_globs_and_lists_of_them(shards):
         assert [file.name for file in find_shards(patterns, shards)] == expected
     with pytest.raises(UserError, match="00010.tar: no such shard; 3 of 12 shards are missing"):
         find_shards(["000{01..12}.tar"], shards)
-    with pytest.raises(UserError, match="no shard matches"):
+    with pytest.raises(UserError, match="no shard matches; correct the pattern"):
         find_shards(["*.zip"], shards)
     with pytest.raises(UserError, match="00003.tar: named twice"):
         find_shards(["00003.tar", "*.tar"], shards)

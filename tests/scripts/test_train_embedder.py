@@ -111,14 +111,14 @@ def test_a_killed_training_resumes_to_the_same_weights(scenes, tmp_path, monkeyp
 def test_a_finished_training_is_left_alone(scenes, tmp_path, monkeypatch, capsys):
     record = train(scenes, tmp_path / "model", monkeypatch)
     assert train(scenes, tmp_path / "model", monkeypatch) == record
-    assert "trained already" in capsys.readouterr().out
+    assert "already holds a trained embedder" in capsys.readouterr().out
 
 
 def test_resuming_with_another_seed_is_refused(scenes, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_embedder, "write_weights", interrupt)
         train(scenes, tmp_path / "model", monkeypatch)
-    with pytest.raises(UserError, match="is of seed 0, not 1"):
+    with pytest.raises(UserError, match="belongs to seed 0, not 1"):
         train(scenes, tmp_path / "model", monkeypatch, "--seed", "1")
 
 

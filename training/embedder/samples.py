@@ -1,4 +1,4 @@
-"""What contrastive training reads: one split's images and captions in memory, and which of them make a batch.
+"""The data of contrastive training: one split's images and captions in memory, and how batches are drawn from them.
 
 Letters: N images, C captions, S image side in pixels, L context length in tokens, B pairs of a batch.
 """
@@ -72,7 +72,7 @@ def draw_batch(samples: Samples, size: int, seed: int, step: int) -> tuple[Tenso
     """Image and caption indices [B], [B] of one step: a function of (seed, step), nothing else.
 
     No two images of a batch share a caption or their pixels: such a pair would be pushed apart as mutual negatives.
-    B is below `size` only where the split has fewer such images."""
+    B is less than `size` only if the split has too few such images."""
     random = np.random.default_rng((seed, step))
     taken: set = set()
     images = []

@@ -3,6 +3,10 @@
 The loss is open_clip's own (ClipLoss). The learning rate warms up, stays constant until validation recall has stopped
 rising, then falls linearly to zero over the cooldown; the weights of the best evaluation are kept. With `towers`, both
 towers are pretrained and frozen, their features are computed once, and only the heads learn (LiT, arXiv 2111.07991).
+
+Why not open_clip's own entry (open_clip_train, 2,700 lines): its cooldown begins at a fixed epoch, not when validation
+recall stops rising; it resumes at whole epochs and draws other batches then; frozen towers run again at every step; and
+two images with the same caption in a batch become each other's negatives. Model, loss and transforms are open_clip's.
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ class EmbedderConfig:
     weight_decay: float = 0.1
     warmup_steps: int = 100
     max_steps: int = 10000
-    """Steps at most, cooldown included."""
+    """Most steps, including the cooldown."""
     evaluate_every: int = 100
     patience: int = 6
     """Evaluations without a better validation recall, after which the cooldown begins."""
@@ -107,7 +111,7 @@ class Progress:
 
 
 class EmbedderTraining:
-    """Model, optimizer and progress of one training; `run` goes from wherever the checkpoint left it to the end."""
+    """Model, optimizer and progress of one training; `run` continues from its checkpoint, if any, to the end."""
 
     def __init__(
         self, config: EmbedderConfig, clip: OpenClipModel, train: Samples, val: Samples, seed: int, dtype: torch.dtype
@@ -124,9 +128,9 @@ class EmbedderTraining:
         self.best = self._snapshot()
 
     def run(self, checkpoint: Path, minutes: float | None = None) -> Progress:
-        """Train to the end; `checkpoint` is rewritten at each evaluation and read first where it exists.
+        """Train to the end; `checkpoint` is read first if it exists, and rewritten at each evaluation.
 
-        minutes: begin the cooldown early enough to end within them (such a run depends on the machine's speed)."""
+        minutes: start the cooldown early enough to end within them; such a run depends on the machine's speed."""
         if checkpoint.exists():
             self._restore(checkpoint)
         config, progress = self.config, self.progress
@@ -174,7 +178,7 @@ class EmbedderTraining:
 
     def _step(self) -> float:
         config, progress = self.config, self.progress
-        self.clip.train()  # of frozen towers only the heads run here: no batch statistics move
+        self.clip.train()  # frozen towers do not run here, so their batch statistics stay as they are
         torch.manual_seed(self.seed * 1_000_003 + progress.step)  # dropout: a function of (seed, step), as the batch
         image_index, caption_index = draw_batch(self.train, config.batch_size, self.seed, progress.step)
         images = self._prepare(self.train.images[image_index])
@@ -242,7 +246,7 @@ class EmbedderTraining:
     def _restore(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint, map_location=self.device, weights_only=True)
         if state["seed"] != self.seed:
-            raise UserError(f"{checkpoint}: is of seed {state['seed']}, not {self.seed}; choose another --out")
+            raise UserError(f"{checkpoint}: belongs to seed {state['seed']}, not {self.seed}; choose another --out")
         self.clip.load_state_dict(state["weights"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.best, self.progress = state["best"], Progress(**state["progress"])
