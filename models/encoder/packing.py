@@ -169,8 +169,10 @@ class Layout:
 
 def fill(word_table: Tensor, ids: Tensor, tokens: Tensor, sources: Tensor) -> Tensor:
     """The rows that `sources` [T] name: ids [W] words, tokens [N, m, H] of any dtype -> [T, H]. Carries gradients."""
-    words = F.embedding(ids, word_table)
-    return torch.cat([words, tokens.flatten(0, 1).to(words.dtype)]).index_select(0, sources)
+    words, vision = F.embedding(ids, word_table), tokens.flatten(0, 1)
+    if torch.promote_types(words.dtype, vision.dtype) != words.dtype:  # else cat converts without a copy in between
+        vision = vision.to(words.dtype)
+    return torch.cat([words, vision]).index_select(0, sources)
 
 
 def with_frame(special: SpecialTokens, captions: CaptionIds | None, device: torch.device) -> Tensor:
