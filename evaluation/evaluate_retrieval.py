@@ -43,6 +43,7 @@ from models.checkpoints.hub import locate_checkpoint
 from models.distributed import DistributedContext, process_group
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
+from models.files import make_directory
 from models.precision import dtype_name, resolve_precision
 from models.stores.token_store import TokenStore
 from models.vision.backbones import Backbone
@@ -140,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
         check_pool(arguments.k, dataset, arguments.folds)
         coco_ids = find_coco_ids(arguments, source, dataset, distributed)
         evaluator = Evaluator.load(arguments, checkpoint, source, distributed)
+        if distributed.is_main and arguments.out:
+            make_directory(arguments.out)  # before the checkpoint learns its lambda
         if arguments.lambda_split:
             validation = source.load(arguments.lambda_split)
             evaluator.fit_lambda(validation, arguments.lambda_split, checkpoint if own else None)

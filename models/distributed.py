@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import UserError, one_line
+
 T = TypeVar("T")
 
 
@@ -54,9 +56,13 @@ class DistributedContext:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is cuda where there is one, else cpu."""
+    """`auto` is cuda where there is one, else cpu. Raises UserError for a device that is not there."""
     if name != "auto":
-        return torch.device(name)
+        try:
+            torch.empty(0, device=name)
+            return torch.device(name)
+        except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+            raise UserError(f"device is {name!r}, which torch cannot use here ({one_line(error)})") from None
     return (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )

@@ -43,6 +43,16 @@ def atomic_directory(final: str | Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def make_directory(path: str | Path) -> Path:
+    """The directory `path`, made with its parents if need be. Raises UserError if something else is there."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be a directory to write to ({error.strerror}); choose another") from None
+    return path
+
+
 def write_atomically(path: str | Path, content: str | bytes | Iterable[bytes | memoryview]) -> None:
     """Write a file in one step: a reader sees the old content or the new, never a part, even if the writer is killed.
 

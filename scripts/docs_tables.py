@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     stale = []
     for path in arguments.files or documents():
+        if not path.is_file():
+            raise UserError(f"{path}: no such document")
         text = path.read_text(encoding="utf-8")
         current = with_current_tables(text, str(path))
         if current != text:

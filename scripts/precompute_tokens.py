@@ -126,6 +126,8 @@ def leave_out_unreadable(items: Items, distributed: DistributedContext, num_work
 
 def load_models(args: argparse.Namespace, distributed: DistributedContext) -> tuple[Backbone, EDJE | None]:
     """The backbone and the model of the checkpoint, or the backbone named by the options and no model."""
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
     # One precision for all ranks: their machines may differ, and the store is one.
     precision = dtype_name(distributed.agree(resolve_precision(args.precision, distributed.device)))
     if args.checkpoint is not None:

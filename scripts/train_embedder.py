@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import open_clip
 import torch
-import yaml
 from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
@@ -39,6 +38,7 @@ from models.language.pretrained import resolve_pretrained
 from models.precision import fastest_dtype
 from models.state_dicts import half_precision, write_safetensors
 from models.vision.open_clip_backbone import CONFIG_FILE, WEIGHTS_FILE, OpenClipModel, load_directory
+from training.config import read_with_base
 from training.embedder.samples import Samples, load_samples, normalise
 from training.embedder.training import EmbedderConfig, EmbedderTraining, Progress
 
@@ -94,7 +94,7 @@ def main() -> None:
 def read_config(arguments: argparse.Namespace) -> EmbedderConfig:
     if not arguments.config.is_file():
         raise UserError(f"{arguments.config}: no such config; see configs/embedders")
-    content = yaml.safe_load(arguments.config.read_text())
+    content = read_with_base(arguments.config)
     overrides = {"max_steps": arguments.steps, "patience": arguments.patience}
     content |= {key: value for key, value in overrides.items() if value is not None}
     return from_dict(EmbedderConfig, content, where=str(arguments.config))

@@ -344,6 +344,8 @@ def read_with_base(path: Path, seen: tuple[Path, ...] = (), inherit: bool = True
         raise UserError(f"{path}: `base:` leads back to this file")
     try:
         data = yaml.safe_load(path.read_text()) or {}
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; give the path of a YAML file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except yaml.YAMLError as error:

@@ -26,7 +26,7 @@ from models.checkpoints.checkpoint import read_latest, write_checkpoint_files, w
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError, one_line
-from models.files import atomic_directory
+from models.files import atomic_directory, make_directory
 
 from .config import RunConfig, TrainingConfig, save_config
 from .distributed import average_gradients, broadcast_parameters
@@ -173,7 +173,7 @@ def train(
     """Train to the configured number of steps, evaluate, and leave the final checkpoint."""
     config, training, distributed = run.config, run.config.training, run.distributed
     run.restore()
-    Path(config.output).mkdir(parents=True, exist_ok=True)
+    make_directory(config.output)
     run_log = RunLog(Path(config.output), run.step, distributed)
     if distributed.is_main:
         save_config(_as_built(config, run.model), Path(config.output) / "config.yaml")

@@ -24,6 +24,7 @@ from models.config import FORMER_ADAPTER_KEYS, EDJEConfig, EncoderConfig, check_
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError
+from models.files import make_directory
 from models.language.captions import CaptionTokenizer, build_vocabulary
 from models.language.pretrained import read_bert_config
 from models.state_dicts import load_state
@@ -122,7 +123,7 @@ def _tokenizer_of_captions(
 ) -> CaptionTokenizer:
     path = Path(config.output) / "vocab.txt"
     if distributed.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         build_vocabulary(dataset.captions, path)
     distributed.barrier()
     return CaptionTokenizer.from_pretrained(path)
