@@ -44,7 +44,7 @@ from models.distributed import DistributedContext, process_group
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
 from models.files import make_directory
-from models.precision import dtype_name, resolve_precision
+from models.precision import PRECISIONS, dtype_name, resolve_precision
 from models.stores.token_store import TokenStore
 from models.vision.backbones import Backbone
 
@@ -121,7 +121,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="for results.json, where the config.yaml of the checkpoint's run does not tell what it was trained on",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     return parser.parse_args(argv)
 
 

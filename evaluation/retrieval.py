@@ -30,12 +30,12 @@ from models.stores.token_store import TokenStore
 from models.vision.backbones import Backbone
 
 from .blocks import Stopwatch, blocks, own_blocks, progress_bar, run_blocks
+from .figures import DIRECTIONS
 from .gallery import Gallery, build_gallery
 from .metrics import RECALL_DEPTHS
 from .results import DirectionResults, Results
 
 QUERIES_PER_BLOCK = 256
-DIRECTIONS = ("t2i", "i2t")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from models.config import BackboneConfig
 from models.distributed import DistributedContext, process_group
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
-from models.precision import dtype_name, resolve_precision
+from models.precision import PRECISIONS, dtype_name, resolve_precision
 from models.stores.codecs import CODECS
 from models.stores.indexing import Images, ImageSource, find_images, precompute, precompute_captions, unreadable_images
 from models.stores.token_store import TokenStore
@@ -194,7 +194,7 @@ def parse_args() -> argparse.Namespace:
         "--more-captions", type=Path, nargs="+", default=[], metavar="FILE", help="annotation files: their captions too"
     )
     parser.add_argument("--dtype", default="float16", choices=list(CODECS), help="of the stored tokens (%(default)s)")
-    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of the backbone")
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="of the backbone")
     parser.add_argument("--batch-size", type=int, default=32, help="images per backbone pass (%(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes per rank that decode images (%(default)s)")
     parser.add_argument("--skip-unreadable", action="store_true", help="list unreadable images and leave them out")

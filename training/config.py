@@ -19,6 +19,7 @@ from models.config import AdapterConfig, BackboneConfig, CompressionConfig, Enco
 from models.config_io import from_dict, to_dict
 from models.errors import UserError, one_line
 from models.files import write_atomically
+from models.precision import PRECISIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +251,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         allowed = {
             "decay": ("cosine", "exponential"),
-            "precision": ("auto", "float32", "bfloat16"),
+            "precision": PRECISIONS,
             "resume": ("auto", "never"),
         }
         for key, values in allowed.items():

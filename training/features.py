@@ -111,8 +111,8 @@ class Features(Protocol):
 class StoredFeatures:
     """Patch tokens and embeddings computed beforehand: no image is decoded, and no backbone is loaded."""
 
-    images: TokenStore
-    captions: TokenStore
+    embeddings: Embeddings
+    """The stores: that of the images holds patch tokens too."""
 
     @classmethod
     def open(cls, images: str, captions: str) -> StoredFeatures:
@@ -120,25 +120,21 @@ class StoredFeatures:
         stores = Embeddings.open(images, captions)
         if stores.images.manifest.adapter:
             raise UserError(f"{images}: holds compressed tokens; training reads patch tokens; precompute those")
-        return cls(stores.images, stores.captions)
+        return cls(stores)
 
     @property
     def dims(self) -> BackboneDims:
-        store = self.images
+        store = self.embeddings.images
         return BackboneDims(
             num_patches=store.tokens_per_item, patch_width=store.width, embedding_width=store.embedding_width
         )
 
     @property
     def fingerprint(self) -> str:
-        return self.images.manifest.backbone
-
-    @property
-    def embeddings(self) -> Embeddings:
-        return Embeddings(self.images, self.captions)
+        return self.embeddings.images.manifest.backbone
 
     def rows(self, dataset: CaptionDataset) -> StoredRows:
-        return StoredRows(dataset, self.images, self.captions)
+        return StoredRows(dataset, self.embeddings.images, self.embeddings.captions)
 
     def encode(self, batch: Batch, captions: Sequence[str]) -> EncodedRows:
         assert isinstance(batch.content, EncodedRows), "a batch of images was read for stored features"
@@ -147,12 +143,11 @@ class StoredFeatures:
     def evaluate(
         self, model: EDJE, dataset: CaptionDataset, distributed: DistributedContext, k: int, dtype: torch.dtype
     ) -> Results:
-        return evaluate(
-            model, None, dataset, distributed, k=k, dtype=dtype, store=self.images, caption_store=self.captions
-        )
+        images, captions = self.embeddings.images, self.embeddings.captions
+        return evaluate(model, None, dataset, distributed, k=k, dtype=dtype, store=images, caption_store=captions)
 
     def describe(self) -> str:
-        return f"patch tokens of {self.images.path}"
+        return f"patch tokens of {self.embeddings.images.path}"
 
 
 @dataclass(frozen=True)
