@@ -276,12 +276,26 @@ class EDJEConfig:
     fusion_split: str = ""
     """The split that fusion_lambda was chosen on; empty: not known."""
 
+    probability_scale: float | None = None
+    """probability of a pair = sigmoid(probability_scale * score + probability_offset), of the default score: the fused
+    one where there is a lambda, else the match logit. Fitted on a validation split, None until then."""
+    probability_offset: float | None = None
+    """See probability_scale."""
+
     def __post_init__(self) -> None:
         _check_at_least(self, "", 4, "max_caption_tokens")  # [CLS], one word piece, two [SEP]
         if not 0 <= self.residual_similarity < math.inf:
             raise UserError(f"residual_similarity is {self.residual_similarity}; it must be at least 0 and finite")
         if self.fusion_lambda is not None and not math.isfinite(self.fusion_lambda):
             raise UserError(f"fusion_lambda is {self.fusion_lambda}; it must be finite, or null")
+        calibration = (self.probability_scale, self.probability_offset)
+        if (None in calibration and calibration != (None, None)) or not all(
+            map(math.isfinite, filter(None, calibration))
+        ):
+            raise UserError(
+                f"probability_scale is {calibration[0]} and probability_offset {calibration[1]}; "
+                "both must be finite, or both null"
+            )
 
     @property
     def num_vision_tokens(self) -> int:

@@ -32,9 +32,10 @@ from models.edje import EDJE
 from models.errors import UserError, run_entry_point
 from models.precision import PRECISIONS, dtype_name, resolve_precision
 from models.stores.codecs import CODECS
-from models.stores.indexing import Images, ImageSource, find_images, precompute, precompute_captions, unreadable_images
+from models.stores.indexing import Images, find_images, precompute, precompute_captions, unreadable_images
 from models.stores.token_store import TokenStore
 from models.vision.backbones import Backbone
+from models.vision.images import ImageSource
 
 
 @dataclass

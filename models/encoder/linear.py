@@ -70,6 +70,10 @@ class Linear:
 class FusedLinear(Linear):
     """The same for inference on a CPU. `weight` is opaque: only oneDNN's operators read it."""
 
+    def __reduce__(self) -> tuple[Callable[[Linear], Linear], tuple[Linear]]:
+        # An opaque weight cannot be pickled, and the machine that reads it may have no such form.
+        return fuse, (Linear(self.weight.to_dense(), self.bias),)
+
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 

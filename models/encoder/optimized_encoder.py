@@ -6,6 +6,7 @@ Letters: T packed rows, H width, R wanted rows, Q sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,18 @@ class OptimizedEncoder(EncoderPass):
                 norm=Norm(_float32_copy(weights.norm.weight), _float32_copy(weights.norm.bias)),
                 layers=tuple(self._prepare(layer) for layer in weights.layers),
             )
-        recordable = dtype == torch.bfloat16 and has_kernel(self.word_table.device)
-        self._recorded = RecordedPasses(self._record_cls, self.config.num_heads) if recordable else None
+        self._recorded = self._make_recorded()
+
+    def _make_recorded(self) -> RecordedPasses | None:
+        recordable = self._dtype == torch.bfloat16 and has_kernel(self.word_table.device)
+        return RecordedPasses(self._record_cls, self.config.num_heads) if recordable else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_recorded": None}  # launches of this process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._recorded = self._make_recorded()
 
     def _prepare(self, layer: LayerWeights) -> LayerWeights:
         def linear(part: Linear) -> Linear:

@@ -24,12 +24,11 @@ from ..distributed import DistributedContext
 from ..errors import UserError
 from ..matching import MatchPass
 from ..vision.backbones import Backbone
-from ..vision.images import ImageError, open_image
+from ..vision.images import ImageError, ImageSource, open_image
 from .codecs import Codec
 from .token_store import TokenStore, TokenStoreWriter
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-ImageSource = str | Path | Image.Image
 
 
 class Images(Protocol):

@@ -1,7 +1,11 @@
 """The reranker as an application uses it: files in, lists out; and the package that pip installs."""
 
+import io
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,9 @@ from PIL import Image
 
 from models import Reranker, TokenStore
 from models.edje import EDJE
+from models.encoder import linear
 from models.errors import UserError
+from models.recent_texts import RecentTexts
 from models.vision.backbones import Backbone
 from models.vision.images import open_image
 from tests.tiny_model import CAPTIONS, make_model, write_backbone, write_images
@@ -145,8 +151,8 @@ def test_bad_input_is_one_clear_error(files, reranker, tmp_path):
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:60])
     store = reranker.index(files / "images", tmp_path / "store", progress=False)
     cases = [
-        (lambda: reranker.rank("  ", [image]), "caption is empty"),
-        (lambda: reranker.predict([(None, image)]), "caption is empty or no text"),
+        (lambda: reranker.rank("  ", [image]), "query is empty"),
+        (lambda: reranker.predict([(None, image)]), "caption of pairs.0. is a NoneType; expected text"),
         (lambda: reranker.rank("a", [tmp_path / "broken.png"]), "broken.png: image cannot be decoded"),
         (lambda: reranker.rank("a", ["nowhere.jpg"]), r"nowhere.jpg: no such image file.*nor an id of .*store"),
         (lambda: reranker.rank("a", [image], top_k=0), "top_k is 0"),
@@ -228,3 +234,267 @@ def test_the_committed_checkpoint_finds_its_backbone_from_any_working_directory(
     monkeypatch.chdir(tmp_path)
     reranker = Reranker.from_pretrained(ROOT / "configs" / "pretrained" / "scenes", dtype="float32")
     assert reranker.backbone.fingerprint == reranker.model.config.backbone_fingerprint
+
+
+@pytest.fixture(scope="module")
+def fused(files) -> Reranker:
+    """A checkpoint with a lambda and a calibration."""
+    reranker = Reranker.from_pretrained(files / "checkpoint", dtype="float32")
+    model = EDJE.from_pretrained(files / "checkpoint")
+    model.config = replace(model.config, fusion_lambda=20.0, probability_scale=0.5, probability_offset=-3.0)
+    model.save_pretrained(files / "fused")
+    return Reranker.from_pretrained(files / "fused", backbone=reranker.backbone, dtype="float32")
+
+
+def cosines(reranker: Reranker, query: str, images: list) -> np.ndarray:
+    backbone = reranker.backbone
+    features = backbone.encode_images(torch.stack([backbone.preprocess(open_image(image)) for image in images]))
+    return (features.embedding @ backbone.encode_texts([query])[0]).numpy()
+
+
+def test_the_default_score_is_logit_plus_lambda_times_cosine(files, fused):
+    images = image_paths(files)
+    pairs = [(CAPTIONS[0], image) for image in images]
+    logits, scores = fused.predict(pairs, score="match"), fused.predict(pairs)
+    np.testing.assert_allclose(scores, logits + 20 * cosines(fused, CAPTIONS[0], images), rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(fused.predict(pairs, score="fused"), scores)
+    assert [*np.argsort(-scores)] == [hit["corpus_id"] for hit in fused.rank(CAPTIONS[0], images)]
+    assert [*np.argsort(-logits)] == [hit["corpus_id"] for hit in fused.rank(CAPTIONS[0], images, score="match")]
+    assert [*np.argsort(-scores)] != [*np.argsort(-logits)]
+
+
+def test_probability_is_the_calibrated_default_score_and_of_no_other(files, fused, reranker):
+    images = image_paths(files)
+    for hit in fused.rank(CAPTIONS[0], images):
+        assert hit["probability"] == pytest.approx(1 / (1 + np.exp(3 - 0.5 * hit["score"])), abs=1e-6)
+    hits = fused.rank(CAPTIONS[0], images)
+    least = hits[4]["probability"]
+    assert fused.rank(CAPTIONS[0], images, min_probability=least) == hits[:5]
+    assert fused.rank(CAPTIONS[0], images, activation_fn=torch.sigmoid)[0]["probability"] == hits[0]["probability"]
+    assert "probability" not in fused.rank(CAPTIONS[0], images, score="match")[0]
+    assert "probability" not in reranker.rank(CAPTIONS[0], images)[0]
+    for call in (
+        lambda: fused.rank(CAPTIONS[0], images, score="match", min_probability=0.5),
+        lambda: reranker.rank(CAPTIONS[0], images, min_probability=0.5),
+    ):
+        with pytest.raises(UserError, match="min_probability needs a checkpoint that is calibrated"):
+            call()
+    with pytest.raises(UserError, match="checkpoint has no lambda"):
+        reranker.rank(CAPTIONS[0], images, score="fused")
+
+
+def test_the_text_tower_runs_once_a_query_and_not_where_the_caller_knows_its_output(
+    files, fused, tmp_path, monkeypatch
+):
+    store = TokenStore.open(fused.index(files / "images", tmp_path / "store", progress=False).path)
+    text, given = fused.backbone.encode_texts([CAPTIONS[1]])[0], []
+    encode = fused.backbone.encode_texts
+    monkeypatch.setattr(fused.backbone, "encode_texts", lambda texts: given.extend(texts) or encode(texts))
+    monkeypatch.setattr(fused, "_encode_texts", RecentTexts(fused.backbone, most=2))
+    cosine = (store.gather_embeddings(store.ids) @ text).numpy()
+    by_text = fused.rank(CAPTIONS[1], store.ids, store=store, text_embedding=text)
+    by_cosine = fused.rank(CAPTIONS[1], store.ids, store=store, similarities=cosine)
+    assert given == []
+    hits = fused.rank(CAPTIONS[1], store.ids, store=store)
+    assert given == [CAPTIONS[1]]
+    for other in (by_text, by_cosine):
+        assert [hit["corpus_id"] for hit in other] == [hit["corpus_id"] for hit in hits]
+        np.testing.assert_allclose([h["score"] for h in other], [h["score"] for h in hits], rtol=0, atol=1e-4)
+    for query in (CAPTIONS[1], CAPTIONS[0], CAPTIONS[1], CAPTIONS[2], CAPTIONS[0]):
+        fused.rank(query, store.ids[:2], store=store)
+    assert given == [CAPTIONS[1], CAPTIONS[0], CAPTIONS[2], CAPTIONS[0]]  # two are remembered
+
+
+def test_search_reranks_the_nearest_of_the_store(files, fused, tmp_path):
+    store = fused.index(files / "images", tmp_path / "store", progress=False)
+    cosine = (store.gather_embeddings(store.ids) @ fused.backbone.encode_texts([CAPTIONS[0]])[0]).numpy()
+    pool = [store.ids[i] for i in np.argsort(-cosine, kind="stable")[:6]]
+    expected = fused.rank(CAPTIONS[0], pool, top_k=4, store=store)
+    hits = fused.search(CAPTIONS[0], store, top_k=4, pool=6)
+    assert [hit["id"] for hit in hits] == [pool[hit["corpus_id"]] for hit in expected]
+    assert [hit["first_stage_rank"] for hit in hits] == [hit["corpus_id"] + 1 for hit in expected]
+    assert [hit["probability"] for hit in hits] == pytest.approx([h["probability"] for h in expected], abs=1e-6)
+    assert len(fused.search(CAPTIONS[0], store, top_k=50)) == 9
+    both = fused.search([CAPTIONS[0], CAPTIONS[1]], store, top_k=4, pool=6)
+    assert [hit["id"] for hit in both[0]] == [hit["id"] for hit in hits] and both[1] != both[0]
+    with pytest.raises(UserError, match="top_k is 10 and pool 5"):
+        fused.search(CAPTIONS[0], store, pool=5)
+    with pytest.raises(UserError, match="needs a token store, and this is a str"):
+        fused.search(CAPTIONS[0], "photos")
+
+
+def test_a_list_of_queries_ranks_shared_or_own_candidates(files, reranker):
+    images = image_paths(files)
+    alone = [reranker.rank(caption, images, top_k=3) for caption in CAPTIONS]
+    shared = reranker.rank(CAPTIONS, (image for image in images), top_k=3)
+    own = reranker.rank(CAPTIONS, [images[: 4 + n] for n in range(len(CAPTIONS))])
+    assert [[hit["corpus_id"] for hit in hits] for hits in shared] == [[h["corpus_id"] for h in hits] for hits in alone]
+    assert [len(hits) for hits in own] == [4 + n for n in range(len(CAPTIONS))]
+    assert reranker.rank([], images) == []
+    with pytest.raises(UserError, match="2 lists among 2 items for 3 queries"):
+        reranker.rank(CAPTIONS[:3], [images, images])
+
+
+def test_captions_are_ranked_for_an_image_by_the_same_scores(files, fused):
+    image = image_paths(files)[0]
+    hits = fused.rank_captions(image, CAPTIONS, top_k=2, return_documents=True)
+    scores = fused.predict([(caption, image) for caption in CAPTIONS])
+    assert [hit["corpus_id"] for hit in hits] == [*np.argsort(-scores)][:2]
+    assert [hit["text"] for hit in hits] == [CAPTIONS[hit["corpus_id"]] for hit in hits]
+    with pytest.raises(UserError, match="captions is one text"):
+        fused.rank_captions(image, CAPTIONS[0])
+
+
+def test_predict_takes_the_options_of_a_cross_encoder(files, reranker):
+    images = image_paths(files)
+    pairs = [(caption, image) for caption in CAPTIONS for image in images]
+    scores = reranker.predict(pairs)
+    np.testing.assert_allclose(reranker.predict(iter(pairs), batch_size=5), scores, rtol=0, atol=1e-5)
+    tensor = reranker.predict(pairs, convert_to_tensor=True)
+    assert tensor.dtype == torch.float32 and torch.equal(tensor, torch.from_numpy(scores))
+    listed = reranker.predict(pairs, convert_to_numpy=False)
+    assert isinstance(listed, list) and torch.equal(torch.stack(listed), tensor)
+    np.testing.assert_allclose(
+        reranker.predict(pairs, activation_fn=torch.sigmoid), 1 / (1 + np.exp(-scores)), atol=1e-6
+    )
+    shares = reranker.predict(pairs, apply_softmax=True).reshape(len(CAPTIONS), -1)
+    of_caption = np.exp(scores.reshape(len(CAPTIONS), -1).astype(np.float64))
+    np.testing.assert_allclose(shares, of_caption / of_caption.sum(1, keepdims=True), rtol=1e-5)
+    single = reranker.predict((CAPTIONS[0], images[0]))
+    assert isinstance(single, np.float32) and single == pytest.approx(scores[0], abs=1e-5)
+    assert reranker.predict([[CAPTIONS[0], str(images[0])]])[0] == pytest.approx(scores[0], abs=1e-5)
+    assert reranker.predict([]).shape == (0,)
+    given = reranker.rank(CAPTIONS[0], images, return_documents=True)
+    assert [hit["text"] for hit in given] == [images[hit["corpus_id"]] for hit in given]
+
+
+def test_every_form_of_an_image_has_the_score_of_its_file(files, reranker):
+    path = image_paths(files)[3]
+    picture = Image.open(path).convert("RGB")
+    array, grey = np.array(picture), np.array(picture.convert("L"))
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    with path.open("rb") as file:
+        forms = [
+            str(path),
+            picture,
+            path.read_bytes(),
+            io.BytesIO(path.read_bytes()),
+            file,
+            array,
+            tensor,
+            tensor / 255,
+        ]
+        scores = reranker.predict([(CAPTIONS[0], form) for form in [path, *forms]])
+    np.testing.assert_allclose(scores, scores[0], rtol=0, atol=1e-5)
+    greys = reranker.predict(
+        [(CAPTIONS[0], form) for form in (picture.convert("L"), grey, torch.from_numpy(grey)[None])]
+    )
+    np.testing.assert_allclose(greys, greys[0], rtol=0, atol=1e-5)
+    assert abs(greys[0] - scores[0]) > 1e-4
+
+
+def test_each_mistake_about_what_is_scored_is_named(files, reranker, tmp_path):
+    image, array = image_paths(files)[0], np.zeros((8, 8, 3), np.uint8)
+    caption = CAPTIONS[0]
+    cases = [
+        (lambda: reranker.rank(caption, str(image)), "documents is one image .*pass a list"),
+        (lambda: reranker.rank(caption, image), "documents is one image"),
+        (lambda: reranker.rank(caption, array), "documents is one image"),
+        (lambda: reranker.rank(caption, 5), "documents is a int"),
+        (lambda: reranker.rank(None, [image]), "query is a NoneType"),
+        (lambda: reranker.rank([caption, [caption]], [image]), r"query\[1\] is a list; expected text"),
+        (lambda: reranker.predict([([caption], image)]), r"caption of pairs\[0\] is a list; expected text"),
+        (lambda: reranker.predict([(image, caption)]), "the caption goes first, then the image"),
+        (lambda: reranker.predict([(str(image), caption)]), "is an image: the caption goes first"),
+        (lambda: reranker.predict([(caption, image, 1)]), r"pairs\[0\] is 3 parts"),
+        (lambda: reranker.predict([caption, image, image]), r"pairs\[0\] is a str"),
+        (lambda: reranker.predict(str(image)), "pairs is a str"),
+        (lambda: reranker.rank(caption, ["https://example.org/a.jpg"]), "a URL, and images are read from disk"),
+        (lambda: reranker.rank(caption, [tmp_path]), "a folder, not an image"),
+        (lambda: reranker.rank(caption, [None]), "an image is a NoneType; expected a path"),
+        (lambda: reranker.rank(caption, [array.astype(np.float32)]), "dtype float32; expected uint8"),
+        (lambda: reranker.rank(caption, [array.transpose(2, 0, 1)]), r"shape \[3, 8, 8\]; expected \[H, W, 3\]"),
+        (lambda: reranker.rank(caption, [torch.from_numpy(array)]), r"shape \[8, 8, 3\]; expected \[3, H, W\]"),
+        (lambda: reranker.rank(caption, [torch.full((3, 8, 8), 2.0)]), "values from 2 to 2; expected 0 to 1"),
+        (lambda: reranker.rank(caption, [b"no image"]), "image of 8 bytes: not an image"),
+        (lambda: reranker.rank(caption, [image], score="best"), "score is 'best'; expected 'fused' or 'match'"),
+        (lambda: reranker.rank(caption, [image], similarities=[0.1, 0.2]), r"similarities have shape \[2\]"),
+        (lambda: reranker.rank(caption, [image], similarities=[3.0]), "similarities are not cosines"),
+        (lambda: reranker.rank(caption, [image], text_embedding=[1.0]), "text_embedding has shape"),
+        (lambda: reranker.rank(caption, [image], batch_size=0), "batch_size is 0"),
+        (lambda: reranker.predict([(caption, image)], prompt_name="query"), "this model has no prompts"),
+    ]
+    for number, (call, message) in enumerate(cases):
+        with pytest.raises(UserError, match=message):
+            call()
+            pytest.fail(f"case {number}: no error")
+
+
+@pytest.fixture(params=["plain", "prepacked"])
+def maps(request, monkeypatch) -> None:
+    """Both forms of the joint encoder's linear maps; oneDNN's packed weights are those of CPUs with AVX-512."""
+    forced = request.param == "prepacked"
+    if forced and not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        pytest.skip("this build of torch has no packed linear maps")
+    monkeypatch.setattr(linear, "_has_fused_form", lambda device, dtype: forced and dtype == torch.float32)
+
+
+SCORE_IN_NEW_PROCESSES = """
+import os, pickle, sys
+import torch
+torch.set_num_threads(2)
+reranker, pairs = pickle.load(sys.stdin.buffer)
+scores = reranker.predict(pairs * 8)
+if hasattr(os, "fork") and os.fork() == 0:
+    os._exit(0 if abs(reranker.predict(pairs * 8) - scores).max() < 1e-5 else 1)
+if hasattr(os, "fork"):
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0, "another score after a fork"
+sys.stdout.buffer.write(pickle.dumps(scores))
+"""
+
+
+@pytest.mark.usefixtures("maps")
+def test_a_reranker_is_pickled(files):
+    reranker, image = Reranker.from_pretrained(files / "residual", dtype="float32"), image_paths(files)[0]
+    pairs = [(caption, image) for caption in CAPTIONS]
+    np.testing.assert_allclose(
+        pickle.loads(pickle.dumps(reranker)).predict(pairs), reranker.predict(pairs), rtol=0, atol=1e-5
+    )
+
+
+def test_a_reranker_is_sent_to_a_new_process_and_used_after_a_fork(files):
+    reranker = Reranker.from_pretrained(files / "residual", dtype="float32")
+    pairs = [(caption, image) for caption in CAPTIONS for image in image_paths(files)]
+    run = subprocess.run(
+        [sys.executable, "-c", SCORE_IN_NEW_PROCESSES],
+        input=pickle.dumps((reranker, pairs)),
+        capture_output=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    np.testing.assert_allclose(pickle.loads(run.stdout)[: len(pairs)], reranker.predict(pairs), rtol=0, atol=1e-5)
+
+
+def test_a_reranker_is_used_from_eight_threads(files, fused, tmp_path):
+    store = fused.index(files / "images", tmp_path / "store", progress=False)
+    expected = {caption: fused.search(caption, store) for caption in CAPTIONS}
+    with ThreadPoolExecutor(8) as pool:
+        queries = [CAPTIONS[number % len(CAPTIONS)] for number in range(40)]
+        for query, hits in zip(queries, pool.map(lambda query: fused.search(query, store), queries), strict=True):
+            assert [hit["id"] for hit in hits] == [hit["id"] for hit in expected[query]]
+
+
+def test_the_reranking_evaluator_of_sentence_transformers_runs_on_ours(files, reranker):
+    from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
+
+    images = [str(path) for path in image_paths(files)]
+    right = [images[0], images[4]]
+    asked = list(zip(CAPTIONS[:2], right, strict=True))
+    samples = [{"query": query, "positive": [image], "documents": images} for query, image in asked]
+    figures = CrossEncoderRerankingEvaluator(samples, name="tiny", write_csv=False)(reranker)
+    ranks = [
+        [images[hit["corpus_id"]] for hit in reranker.rank(query, images)].index(image) + 1 for query, image in asked
+    ]
+    assert figures["tiny_mrr@10"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
+    assert reranker.model_card_data.metrics
