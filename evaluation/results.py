@@ -16,6 +16,8 @@ from functools import partial
 
 import numpy as np
 
+from models.scores import fuse
+
 from .figures import COLUMNS, ColumnFigures, DirectionFigures, Gain, PartFigures
 from .metrics import (
     METRICS,
@@ -68,7 +70,8 @@ class DirectionResults:
             return self.similarities[:, : self.k]
         if column == "reranked":
             return self.logits
-        return self.logits + np.float32(self.fusion_lambda) * self.similarities[:, : self.k]
+        assert self.fusion_lambda is not None, "there is no fused column without a lambda"
+        return fuse(self.logits, self.similarities[:, : self.k], self.fusion_lambda)
 
     def rankings(self, column: str, pool: int | None = None) -> np.ndarray:
         """[Q, D] candidates, best first. Of equal scores the first stage's first; below the pool its order stands.

@@ -275,12 +275,12 @@ class EDJEConfig:
     """fused score = match logit + fusion_lambda * cosine; chosen on a validation split, None until then."""
     fusion_split: str = ""
     """The split that fusion_lambda was chosen on; empty: not known."""
-
     probability_scale: float | None = None
-    """probability of a pair = sigmoid(probability_scale * score + probability_offset), of the default score: the fused
-    one where there is a lambda, else the match logit. Fitted on a validation split, None until then."""
+    """probability = sigmoid(probability_scale * score + probability_offset), where score is the fused one, or the match
+    logit where there is no fusion_lambda. Fitted on the same split; None until then. At least 0: probabilities order
+    candidates as scores do."""
     probability_offset: float | None = None
-    """See probability_scale."""
+    """See probability_scale; both are set, or neither."""
 
     def __post_init__(self) -> None:
         _check_at_least(self, "", 4, "max_caption_tokens")  # [CLS], one word piece, two [SEP]
@@ -288,14 +288,16 @@ class EDJEConfig:
             raise UserError(f"residual_similarity is {self.residual_similarity}; it must be at least 0 and finite")
         if self.fusion_lambda is not None and not math.isfinite(self.fusion_lambda):
             raise UserError(f"fusion_lambda is {self.fusion_lambda}; it must be finite, or null")
-        calibration = (self.probability_scale, self.probability_offset)
-        if (None in calibration and calibration != (None, None)) or not all(
-            map(math.isfinite, filter(None, calibration))
-        ):
-            raise UserError(
-                f"probability_scale is {calibration[0]} and probability_offset {calibration[1]}; "
-                "both must be finite, or both null"
-            )
+        self._check_probability()
+
+    def _check_probability(self) -> None:
+        scale, offset = self.probability_scale, self.probability_offset
+        if (scale is None) != (offset is None):
+            raise UserError(f"probability_scale is {scale} and probability_offset {offset}; set both, or neither")
+        if scale is not None and not 0 <= scale < math.inf:
+            raise UserError(f"probability_scale is {scale}; it must be at least 0 and finite, or null")
+        if offset is not None and not math.isfinite(offset):
+            raise UserError(f"probability_offset is {offset}; it must be finite, or null")
 
     @property
     def num_vision_tokens(self) -> int:

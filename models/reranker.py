@@ -48,7 +48,7 @@ from .errors import UserError
 from .first_stage import nearest
 from .precision import resolve_precision
 from .recent_texts import RecentTexts
-from .scores import fuse, probability, softmax_within
+from .scores import fuse, paired_cosines, probability, softmax_within
 from .stores.indexing import find_images, precompute, read_images
 from .stores.token_store import TokenStore
 from .vision.backbones import Backbone
@@ -503,8 +503,7 @@ class Reranker:
         elif needed:
             known = self._texts(captions, scoring.texts)
             texts = torch.stack([known[caption] for caption in captions])
-            # float64, rounded to float32: the cosines that an evaluation finds, to the bit.
-            similarities = (texts[caption_index].double() * embeddings[image_index].double()).sum(-1).float()
+            similarities = paired_cosines(texts[caption_index], embeddings[image_index])
         scores = self._match_logits(captions, tokens, caption_index, image_index, similarities, scoring)
         if scoring.fusion_lambda is not None and similarities is not None:
             scores = fuse(scores, similarities, scoring.fusion_lambda)

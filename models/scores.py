@@ -1,22 +1,48 @@
-"""What a pair's score is made of: match logit, first-stage cosine, and the probability that a score stands for.
+"""The scores that rank candidates, and the probability that a candidate is right.
 
-One place for the arithmetic, so that an application and an evaluation find the same numbers, bit for bit.
+The match logit is the model's own score. The fused score adds the first stage's cosine; it is the default wherever a
+checkpoint has a lambda. Evaluation and Reranker compute both by the functions of this module, so that a ranking is the
+same wherever it is made. All are float32, as NumPy arrays or as tensors on any device.
+
+    similarities = paired_cosines(text_embeddings, image_embeddings)     # [Q], [Q, De] each
+    scores = fuse(logits, similarities, config.fusion_lambda)            # [Q]
+    probability(scores, config.probability_scale, config.probability_offset)
 """
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
 
-
-def fuse(logits: Tensor, similarities: Tensor, fusion_lambda: float) -> Tensor:
-    """Fused scores: match logit + lambda * cosine, all float32 of one shape (BLIP's and BLIP-2's protocol)."""
-    return logits + fusion_lambda * similarities
+Scores = TypeVar("Scores", np.ndarray, Tensor)
 
 
-def probability(scores: Tensor, scale: float, offset: float) -> Tensor:
-    """That a pair is right, by its score: sigmoid(scale * score + offset), of any shape (Platt's calibration)."""
-    return torch.sigmoid(scale * scores + offset)
+def paired_cosines(queries: Tensor, items: Tensor) -> Tensor:
+    """Cosines of rows that belong together: [..., De] and [..., De], both normalised -> [...] float32.
+
+    Summed in float64, as the evaluation's first stage does: once rounded, the sum does not depend on its order."""
+    return (queries.double() * items.double()).sum(-1).float()
+
+
+def fuse(logits: Scores, similarities: Scores, fusion_lambda: float) -> Scores:
+    """logit + fusion_lambda * cosine, elementwise, float32 of the inputs' shape.
+
+    Lambda, product and sum round to float32 one after the other, so that NumPy, CPU and GPU agree to the bit."""
+    return logits + similarities * float(np.float32(fusion_lambda))
+
+
+def probability(scores: Scores, scale: float, offset: float) -> Scores:
+    """Probability that a candidate is right, from 0 to 1: sigmoid(scale * score + offset), shape and dtype of `scores`.
+
+    scores: the checkpoint's default ones, fused where it has a lambda and match logits elsewhere; scale and offset were
+    fitted on these (evaluation/calibration.py), so other scores give wrong numbers."""
+    log_odds = scores * scale + offset
+    if isinstance(log_odds, Tensor):
+        return log_odds.sigmoid()
+    return np.exp(-np.logaddexp(0, -log_odds))  # no overflow, however far the score is from 0
 
 
 def softmax_within(scores: Tensor, group: Tensor) -> Tensor:
