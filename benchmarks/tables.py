@@ -79,6 +79,11 @@ def gpu_tables(section: dict[str, Any], dtype: str) -> list[str]:
     ]
 
 
+def query_tables(section: dict[str, Any]) -> list[str]:
+    what = f"1 query, {section['candidates']} candidates of {section['tokens']} tokens, {section['dtype']}"
+    return [times_table(f"{what}, text tower of {section['backbone']}", section["milliseconds"])]
+
+
 def store_tables(section: dict[str, Any]) -> list[str]:
     what = f"{section['fetched']} of {section['items']:,} items, {section['tokens']} x {section['width']}"
     return [times_table(f"fetch of {what}", section["milliseconds"])]
@@ -129,6 +134,7 @@ def shards_tables(section: dict[str, Any]) -> list[str]:
 
 SECTION_TABLES = {
     "rerank": rerank_tables,
+    "query": query_tables,
     "store": store_tables,
     "train": train_tables,
     "step": step_tables,

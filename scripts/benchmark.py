@@ -4,6 +4,7 @@ python scripts/benchmark.py --out benchmarks/results/rerank_cpu.json --only rera
 python scripts/benchmark.py --device cuda --out benchmarks/results/rerank_h200.json --only rerank --pairs 4096 \\
     --rounds 7
 python scripts/benchmark.py --device cuda --out benchmarks/results/step_h100.json --only step --rounds 5
+python scripts/benchmark.py --out benchmarks/results/query_cpu.json --only query         4 GB of memory
 python scripts/benchmark.py --out benchmarks/results/store_cpu.json --only store --rounds 50     1 GB of disk
 python scripts/benchmark.py --out benchmarks/results/lists_cpu.json --only lists         3 GB of memory and of disk
 python scripts/benchmark.py --out benchmarks/results/shards_cpu.json --only shards --rounds 5
@@ -30,7 +31,7 @@ from models.distributed import pick_device
 from models.errors import UserError, run_entry_point
 from models.files import write_atomically
 
-SECTIONS = ("rerank", "store", "train", "step", "lists", "shards")
+SECTIONS = ("rerank", "query", "store", "train", "step", "lists", "shards")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,6 +99,10 @@ def run_section(name: str, device: torch.device, arguments: argparse.Namespace) 
         from benchmarks.store import benchmark_store
 
         return benchmark_store(arguments.rounds)
+    if name == "query":
+        from benchmarks.query import benchmark_query
+
+        return benchmark_query(device, arguments.rounds)
     if name == "train":
         from benchmarks.train import benchmark_train
 
