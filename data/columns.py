@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -142,7 +143,7 @@ def cached_columns(cache: Path, name: str, files: Sequence[Path], build: Callabl
 
 
 def _write(folder: Path, columns: Columns) -> None:
-    temporary = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from models.errors import UserError
+from models.files import PositionedReader
 from models.vision.images import ImageError, open_image
 
 from .caption_datasets import CaptionDataset, is_unicode
@@ -72,7 +73,7 @@ class ShardDataset(CaptionDataset):
         name = f"{path}: member {self.image_ids[image].rpartition('/')[2]}"
         try:
             shard = _shard_file(path)
-            content = io.BytesIO(os.pread(shard.fileno(), self.image_bytes[image], self.image_start[image]))
+            content = io.BytesIO(shard.read(int(self.image_start[image]), int(self.image_bytes[image])))
         except OSError as error:
             raise ImageError(f"{name} cannot be read ({error.strerror}); restore the shard") from None
         content.name = name
@@ -91,9 +92,9 @@ class ShardDataset(CaptionDataset):
 
 
 @lru_cache(maxsize=4 * SHARDS_AT_A_TIME)
-def _shard_file(path: str) -> io.FileIO:
+def _shard_file(path: str) -> PositionedReader:
     """An open shard; it is closed when it leaves the cache."""
-    return open(path, "rb", buffering=0)
+    return PositionedReader(path)
 
 
 def load_shards(
@@ -170,7 +171,7 @@ def _index_shards(files: list[Path], num_workers: int) -> Columns:
     ids = TextBuilder()
     for path, (members, _, _, _) in zip(paths, parts, strict=True):
         for member in members:
-            ids.append(f"{os.path.relpath(path, above)}/{member}")
+            ids.append(f"{Path(os.path.relpath(path, above)).as_posix()}/{member}")
     return {
         "image_ids": ids.column(),
         "captions": TextColumn.cat([captions for _, captions, _, _ in parts]),

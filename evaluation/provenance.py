@@ -147,7 +147,7 @@ def _cpu() -> tuple[str, list[str]]:
     information = Path("/proc/cpuinfo")
     if not information.exists():
         return platform.processor(), []
-    first = information.read_text().split("\n\n", 1)[0]
+    first = information.read_text(encoding="utf-8").split("\n\n", 1)[0]
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
     flags = set(fields.get("flags", "").split())
     return fields.get("model name", platform.processor()), [flag for flag in CPU_FEATURES if flag in flags]

@@ -1,4 +1,7 @@
-"""Files and directories that appear whole or not at all, even if the writer is killed."""
+"""Files and directories that appear whole or not at all, even if the writer is killed; and files read at positions.
+
+Everything works on any system. Where one lacks a POSIX call, a plainer one gives the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 from .errors import UserError
 
@@ -74,8 +78,60 @@ def write_atomically(path: str | Path, content: str | bytes | Iterable[bytes | m
     _flush(path.parent)
 
 
+class PositionedReader:
+    """A file that is read at given positions, by any number of threads at once, without a position of its own."""
+
+    def __init__(self, path: str | Path, random: bool = False):
+        """random: tell the system that reads jump about, so that it reads nothing beyond what is asked for."""
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # open as long as the reader is
+        self._lock = Lock()
+        if random and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+
+    def will_need(self, offset: int, count: int) -> None:
+        """Announce a read, so that several overlap; systems without such a call read when they are asked."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
+
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes at `offset`, or those up to the file's end."""
+        buffer = memoryview(bytearray(count))
+        return bytes(buffer[: self.read_into(buffer, offset)])
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` with the bytes at `offset`; returns how many there were: fewer at the file's end."""
+        done = 0
+        while done < len(buffer):
+            count = self._read_some(buffer[done:], offset + done)
+            if not count:
+                break
+            done += count
+        return done
+
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], offset)
+        if hasattr(os, "pread"):
+            content = os.pread(self._file.fileno(), len(buffer), offset)
+            buffer[: len(content)] = content
+            return len(content)
+        with self._lock:  # Windows: the position is the file's, so threads take turns
+            self._file.seek(offset)
+            return self._file.readinto(buffer) or 0
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
+
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Write a file's content, or a directory's entries, to disk.
+
+    Windows opens no directory, and orders renames by itself; and it flushes only files that may be written."""
+    on_windows = not hasattr(os, "O_DIRECTORY")
+    if on_windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

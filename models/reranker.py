@@ -195,7 +195,7 @@ class Reranker:
             paths: list[str | Path] = [Path(folder_or_paths, item_id) for item_id in ids]
         else:
             paths = list(folder_or_paths)
-            ids = [str(path) for path in paths]
+            ids = [path.as_posix() if isinstance(path, Path) else path for path in paths]
         self._after_fork()
         self.store = precompute(
             store_path,

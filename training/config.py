@@ -344,7 +344,7 @@ def read_with_base(path: Path, seen: tuple[Path, ...] = (), inherit: bool = True
     if path.resolve() in seen:
         raise UserError(f"{path}: `base:` leads back to this file")
     try:
-        data = yaml.safe_load(path.read_text()) or {}
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; give the path of a YAML file") from None
     except OSError as error:

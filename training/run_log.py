@@ -91,7 +91,7 @@ class RunLog:
     def _record(self, values: dict[str, float]) -> None:
         if not self.distributed.is_main:
             return
-        with self.path.open("a") as stream:
+        with self.path.open("a", encoding="utf-8", newline="\n") as stream:
             stream.write(json.dumps(values) + "\n")
         if self.board is not None:
             for name, value in values.items():
@@ -102,7 +102,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

@@ -82,7 +82,7 @@ def _check_arguments(out: Path, image_size: int, sizes: dict[str, int]) -> None:
 def read_annotations(file: Path) -> dict:
     """The whole annotation file. Raises UserError if this module did not write it."""
     try:
-        annotations = json.loads(file.read_text())
+        annotations = json.loads(file.read_text(encoding="utf-8"))
         annotations["generation"], annotations["images"]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(

@@ -100,7 +100,7 @@ def read_manifest(path: Path) -> StoreManifest:
 def parse_manifest(file: Path) -> StoreManifest:
     """Read manifest.json or unfinished.json. Raises UserError: not JSON, not a store, a newer version, wrong keys."""
     try:
-        data: Any = json.loads(file.read_text())
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error}); corrupt or not a token store; rebuild it") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:

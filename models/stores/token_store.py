@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import PositionedReader, write_atomically
 from .codecs import CODECS
 from .store_format import (
     CHECKSUM_BYTES,
@@ -64,7 +64,7 @@ class TokenStore:
     and without its read-ahead of megabytes a record when they are not. Safe to hand to data-loader workers."""
 
     def __init__(self, path: Path, manifest: StoreManifest, ids: list[str]):
-        self._files: dict[int, int] = {}
+        self._files: dict[int, PositionedReader] = {}
         self.path, self.manifest, self.ids = path, manifest, ids
 
     @classmethod
@@ -78,10 +78,6 @@ class TokenStore:
 
     def __reduce__(self) -> tuple[Callable[[Path], TokenStore], tuple[Path]]:
         return TokenStore.open, (self.path,)
-
-    def __del__(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -181,25 +177,23 @@ class TokenStore:
             reads = []
             for i in range(start, min(start + READ_AHEAD_ROWS, len(rows))):
                 section = self.manifest.shard_items(shards[i]) * self.manifest.record_bytes if in_embeddings else 0
-                reads.append((self._descriptor(shards[i]), section + positions[i] * stride, raw[i].data))
+                reads.append((self._reader(shards[i]), section + positions[i] * stride, raw[i].data))
             self._read_block(reads)
         return torch.from_numpy(raw)
 
-    def _read_block(self, reads: list[tuple[int, int, memoryview]]) -> None:
-        """Read at (descriptor, offset) into each buffer; all are announced first, so that reads from disk overlap."""
-        if hasattr(os, "posix_fadvise"):
-            for descriptor, offset, buffer in reads:
-                os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
-        for descriptor, offset, buffer in reads:
-            if os.preadv(descriptor, [buffer], offset) != len(buffer):
+    def _read_block(self, reads: list[tuple[PositionedReader, int, memoryview]]) -> None:
+        """Read at an offset into each buffer; all are announced first, so that reads from disk overlap."""
+        for reader, offset, buffer in reads:
+            reader.will_need(offset, len(buffer))
+        for reader, offset, buffer in reads:
+            if reader.read_into(buffer, offset) != len(buffer):
                 raise UserError(f"{self.path}: a shard was cut short while in use; rebuild the store")
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(self.path / shard_name(shard), os.O_RDONLY)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._files[shard], 0, 0, os.POSIX_FADV_RANDOM)
-        return self._files[shard]
+    def _reader(self, shard: int) -> PositionedReader:
+        reader = self._files.get(shard)
+        if reader is None:  # of two threads that open it at once, one's stays
+            reader = self._files.setdefault(shard, PositionedReader(self.path / shard_name(shard), random=True))
+        return reader
 
 
 class TokenStoreWriter:

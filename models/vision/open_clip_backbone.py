@@ -197,7 +197,7 @@ def load_directory(directory: Path, load_weights: bool = True) -> OpenClipModel:
             f"{directory}: {WEIGHTS_FILE} is missing; copy it there, or train it (scripts/train_embedder.py)"
         )
     try:
-        text_config = json.loads(config_file.read_text())["model_cfg"]["text_cfg"]
+        text_config = json.loads(config_file.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
         text_model = text_config.get("hf_model_name")
         if text_model and (directory / text_model).is_dir():
             text_config |= {"hf_model_name": str(directory / text_model), "hf_model_pretrained": False}
