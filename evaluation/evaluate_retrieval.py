@@ -35,9 +35,9 @@ from evaluation.model_record import SETTINGS, model_record, read_run_config, run
 from evaluation.output import evaluation_record, write_results
 from evaluation.provenance import stamp
 from evaluation.report.page import write_report
-from evaluation.results import Results, choose_lambda
+from evaluation.results import Results, with_fitted_scores
 from evaluation.retrieval import check_pool, evaluate
-from evaluation.tables import markdown_table, protocol
+from evaluation.tables import aligned, calibration_rows, markdown_table, protocol
 from models.checkpoints.checkpoint import CONFIG_FILE, write_fusion
 from models.checkpoints.hub import locate_checkpoint
 from models.distributed import DistributedContext, process_group
@@ -110,7 +110,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backbone", help="directory or file with the backbone's weights, where they moved")
     parser.add_argument(
         "--lambda-split",
-        help="choose the fused score's lambda on this split, another than --split, and save it in the checkpoint",
+        help="choose the fused score's lambda on this split, another than --split, fit the two numbers that turn the "
+        "score into a probability there, and save all three in the checkpoint",
     )
     parser.add_argument(
         "--out", help="directory of the results (default: evaluation-DATASET-SPLIT beside the checkpoint)"
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
             make_directory(arguments.out)  # before the checkpoint learns its lambda
         if arguments.lambda_split:
             validation = source.load(arguments.lambda_split)
-            evaluator.fit_lambda(validation, arguments.lambda_split, checkpoint if own else None)
+            evaluator.fit_scores(validation, arguments.lambda_split, checkpoint if own else None)
         results = evaluator.evaluate(dataset, arguments.folds, depth=DEPTH if coco_ids else 0)
         if distributed.is_main:
             run = run_directory(arguments.checkpoint, checkpoint)
@@ -172,7 +173,7 @@ def check_lambda_split(arguments: argparse.Namespace) -> None:
 
 @dataclass
 class Evaluator:
-    """Everything that one evaluation and the choice of lambda have in common."""
+    """Everything that one evaluation and the fit on another split have in common."""
 
     model: EDJE
     backbone: Backbone | None
@@ -214,19 +215,22 @@ class Evaluator:
             depth=depth,
         )
 
-    def fit_lambda(self, validation: CaptionDataset, split: str, checkpoint: Path | None) -> None:
-        """Choose the fused score's lambda on a validation split, `split` by name, use it, and save it in `checkpoint`
-        if given."""
+    def fit_scores(self, validation: CaptionDataset, split: str, checkpoint: Path | None) -> None:
+        """Choose the fused score's lambda and calibrate it on a validation split, `split` by name, use both, and save
+        them in `checkpoint` if given."""
         check_pool(self.k, validation)
-        chosen = choose_lambda(self.evaluate(validation))
-        self.model.config = replace(self.model.config, fusion_lambda=chosen, fusion_split=split)
+        config = self.model.config = with_fitted_scores(self.model.config, self.evaluate(validation), split)
         if not self.distributed.is_main:
             return
+        fitted = (
+            f"lambda {config.fusion_lambda:g}, probability = "
+            f"sigmoid({config.probability_scale:.4g} * score {config.probability_offset:+.4g})"
+        )
         if checkpoint is None:
-            print(f"lambda {chosen:g}, for these results only")
+            print(f"{fitted}, for these results only")
         else:
-            write_fusion(checkpoint, chosen, split)
-            print(f"lambda {chosen:g}, saved in {checkpoint / CONFIG_FILE}")
+            write_fusion(checkpoint, config)
+            print(f"{fitted}, saved in {checkpoint / CONFIG_FILE}")
 
 
 def find_source(arguments: argparse.Namespace, checkpoint: Path) -> Source:
@@ -298,7 +302,10 @@ def write_outputs(
     out = Path(arguments.out or base / f"evaluation-{source.label}-{arguments.split}{folds}")
     write_results(out, results, dataset, record)
     report = write_report(out, record, results, dataset, run / "metrics.jsonl")
-    print(f"\n{protocol([record])}\n\n{markdown_table([record])}\n\nreport: {report}")
+    tables = [markdown_table([record])]
+    if calibration := calibration_rows(record):
+        tables.append(aligned(calibration))
+    print("\n" + "\n\n".join([protocol([record]), *tables, f"report: {report}"]))
 
 
 if __name__ == "__main__":

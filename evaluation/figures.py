@@ -9,7 +9,7 @@ dash in tables. The keys of a column are those of metrics.METRICS.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .json_fields import Fields, read_json_object
@@ -78,6 +78,30 @@ class ColumnFigures:
 
 
 @dataclass(frozen=True)
+class CalibrationFigures:
+    """How far probabilities are off on a split, over all candidates of its pools; each from 0 to 1.
+
+    Before: the sigmoid of the default score itself. After: with the two numbers that were fitted on another split."""
+
+    ece_before: float
+    """Expected calibration error, calibration.BINS bins of equal width."""
+    ece_after: float
+    brier_before: float
+    """Mean squared difference of probability and outcome."""
+    brier_after: float
+    split: str = ""
+    """The split that the numbers were fitted on; empty: not known."""
+
+    def to_json(self) -> dict[str, object]:
+        return {name: value for name, value in asdict(self).items() if value != ""}
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> CalibrationFigures:
+        errors = {name: fields.number(name) for name in ("ece_before", "ece_after", "brier_before", "brier_after")}
+        return cls(**errors, split=fields.text("split") if "split" in fields else "")
+
+
+@dataclass(frozen=True)
 class DirectionFigures:
     """One direction."""
 
@@ -85,10 +109,14 @@ class DirectionFigures:
     """By name, in the order of COLUMNS; `fused` where there is a lambda."""
     pool_ceiling: float | None
     """Percent of the queries whose pool holds a right answer."""
+    calibration: CalibrationFigures | None = None
+    """None where the checkpoint was not calibrated."""
 
     def to_json(self) -> dict[str, object]:
         document: dict[str, object] = {name: column.to_json() for name, column in self.columns.items()}
         document["pool_ceiling"] = self.pool_ceiling
+        if self.calibration is not None:
+            document["calibration"] = self.calibration.to_json()
         for name, column in self.columns.items():
             if column.gain is not None:
                 document |= column.gain.to_json(_prefix(name))
@@ -101,7 +129,11 @@ class DirectionFigures:
             inside = fields.inside(name)
             gain = None if name == "embedding" else Gain.from_json(fields, _prefix(name))
             found[name] = ColumnFigures.from_json(name, inside, gain)
-        return cls(found, fields.number("pool_ceiling") if "pool_ceiling" in fields else None)
+        return cls(
+            found,
+            fields.number("pool_ceiling") if "pool_ceiling" in fields else None,
+            CalibrationFigures.from_json(fields.inside("calibration")) if "calibration" in fields else None,
+        )
 
 
 def _prefix(column: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from data.caption_datasets import CaptionDataset
 from models.errors import UserError
 from models.files import write_atomically
 
+from .calibration import Calibration
 from .figures import DIRECTIONS, EvaluationRecord
 from .model_record import ModelRecord
 from .provenance import Provenance
@@ -78,7 +80,7 @@ def _rankings_bytes(results: Results, dataset: CaptionDataset) -> bytes:
         for direction in DIRECTIONS
         for name in DIRECTION_ARRAYS
     }
-    fusion_lambda = results.t2i.fusion_lambda
+    fusion_lambda, calibration = results.t2i.fusion_lambda, results.t2i.calibration
     arrays |= {
         "root": str(dataset.root.resolve()),
         "image_ids": np.array(dataset.image_ids),
@@ -90,6 +92,8 @@ def _rankings_bytes(results: Results, dataset: CaptionDataset) -> bytes:
         "seconds": json.dumps(results.seconds),
         "precision": results.precision,
     }
+    if calibration is not None:
+        arrays |= {"calibration": json.dumps(asdict(calibration))}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
@@ -105,6 +109,7 @@ def read_rankings(path: str | Path) -> tuple[Results, CaptionDataset]:
                 **{name: arrays[f"{direction}_{name}"] for name in DIRECTION_ARRAYS},
                 folds=int(arrays["folds"]),
                 fusion_lambda=None if np.isnan(arrays["fusion_lambda"]) else float(arrays["fusion_lambda"]),
+                calibration=Calibration(**json.loads(str(arrays["calibration"]))) if "calibration" in arrays else None,
             )
             for direction in DIRECTIONS
         }
@@ -117,7 +122,7 @@ def read_rankings(path: str | Path) -> tuple[Results, CaptionDataset]:
             subsets,
         )
         seconds, precision = json.loads(str(arrays["seconds"])), str(arrays["precision"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path}: missing or not readable as rankings ({error}); write it again with evaluate_retrieval.py"
         ) from None

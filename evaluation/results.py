@@ -16,9 +16,11 @@ from functools import partial
 
 import numpy as np
 
+from models.config import EDJEConfig
 from models.scores import fuse
 
-from .figures import COLUMNS, ColumnFigures, DirectionFigures, Gain, PartFigures
+from .calibration import NONE_FITTED, Calibration, Reliability, brier_score, fit_calibration
+from .figures import COLUMNS, CalibrationFigures, ColumnFigures, DirectionFigures, Gain, PartFigures
 from .metrics import (
     METRICS,
     RECALL_DEPTHS,
@@ -52,6 +54,8 @@ class DirectionResults:
     first_right: np.ndarray
     """[Q] int64: the embedding's 0-based rank of the first right answer in the whole gallery, not only the D kept."""
     fusion_lambda: float | None = None
+    calibration: Calibration | None = None
+    """Of the default score."""
     folds: int = 1
     """Galleries that the images are cut into; numbers of images and candidates count through them."""
 
@@ -72,6 +76,16 @@ class DirectionResults:
             return self.logits
         assert self.fusion_lambda is not None, "there is no fused column without a lambda"
         return fuse(self.logits, self.similarities[:, : self.k], self.fusion_lambda)
+
+    @property
+    def default_column(self) -> str:
+        """The column that Reranker ranks by unless told otherwise, and that probabilities are of."""
+        return "reranked" if self.fusion_lambda is None else "fused"
+
+    def scored_pool(self) -> tuple[np.ndarray, np.ndarray]:
+        """Default scores [Q * k] float32 of all candidates that were reranked, and which of these are right, bool."""
+        right = right_answers(self.candidates[:, : self.k], self.query_image, self.item_image)
+        return self.scores(self.default_column).ravel(), right.ravel()
 
     def rankings(self, column: str, pool: int | None = None) -> np.ndarray:
         """[Q, D] candidates, best first. Of equal scores the first stage's first; below the pool its order stands.
@@ -117,7 +131,20 @@ class DirectionResults:
         """Every metric of every column, the gains over the embedding, and the pool's ceiling."""
         before = self.hits("embedding")
         columns = {column: self._column_figures(column, before) for column in self.columns}
-        return DirectionFigures(columns, self.recall(before, self.k))
+        return DirectionFigures(columns, self.recall(before, self.k), self._calibration_figures())
+
+    def _calibration_figures(self) -> CalibrationFigures | None:
+        if self.calibration is None:
+            return None
+        scores, right = self.scored_pool()
+        before, after = NONE_FITTED.probabilities(scores), self.calibration.probabilities(scores)
+        return CalibrationFigures(
+            ece_before=Reliability.of(before, right).calibration_error,
+            ece_after=Reliability.of(after, right).calibration_error,
+            brier_before=brier_score(before, right),
+            brier_after=brier_score(after, right),
+            split=self.calibration.split,
+        )
 
     def _column_figures(self, column: str, before: np.ndarray) -> ColumnFigures:
         """before: the embedding's hits [Q, D] bool."""
@@ -162,9 +189,12 @@ class Results:
         """Reranked pairs of both directions, over all ranks."""
         return (self.t2i.logits.size + self.i2t.logits.size) / max(self.seconds["rerank"], 1e-9)
 
-    def with_lambda(self, fusion_lambda: float | None) -> Results:
-        """The same scores, fused with another lambda; None: without `fused`."""
-        t2i, i2t = (replace(direction, fusion_lambda=fusion_lambda) for direction in (self.t2i, self.i2t))
+    def with_lambda(self, fusion_lambda: float | None, calibration: Calibration | None = None) -> Results:
+        """The same logits, fused with another lambda; None: without `fused`. A calibration is of one lambda alone."""
+        t2i, i2t = (
+            replace(direction, fusion_lambda=fusion_lambda, calibration=calibration)
+            for direction in (self.t2i, self.i2t)
+        )
         return replace(self, t2i=t2i, i2t=i2t)
 
     def subset(self, name: str) -> Results:
@@ -196,3 +226,20 @@ def choose_lambda(validation: Results, grid: Sequence[float] = LAMBDA_GRID) -> f
         return (recall_at_k(fused.t2i.hits("fused"), 1) + recall_at_k(fused.i2t.hits("fused"), 1)) / 2
 
     return max(sorted(grid), key=mean_recall)
+
+
+def with_fitted_scores(config: EDJEConfig, validation: Results, split: str) -> EDJEConfig:
+    """The model's configuration with the lambda and the calibration that suit a validation split, `split` by name.
+
+    The calibration is fitted on the text-to-image pools alone, which are what Reranker.rank() and search() see. A pool
+    of captions holds up to five right ones instead of one, so the same score means another probability there: fitted on
+    both directions, the numbers would suit neither."""
+    chosen = choose_lambda(validation)
+    calibration = fit_calibration(*validation.with_lambda(chosen).t2i.scored_pool(), split)
+    return replace(
+        config,
+        fusion_lambda=chosen,
+        fusion_split=split,
+        probability_scale=calibration.scale,
+        probability_offset=calibration.offset,
+    )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data.caption_datasets import CaptionDataset
+from models.config import EDJEConfig
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.encoder.optimized_encoder import pairs_at_once
@@ -30,6 +31,7 @@ from models.stores.token_store import TokenStore
 from models.vision.backbones import Backbone
 
 from .blocks import Stopwatch, blocks, own_blocks, progress_bar, run_blocks
+from .calibration import Calibration
 from .figures import DIRECTIONS
 from .gallery import Gallery, build_gallery
 from .metrics import RECALL_DEPTHS
@@ -70,7 +72,8 @@ def evaluate(
     embeddings; with both, `backbone` may be None. dtype: of the joint encoder, by default the device's fastest.
     folds: equal parts of the images, each ranked and reranked as a gallery of its own; everything is still encoded
     once and all pairs are batched together. depth: candidates kept per query, at least max(k, 10).
-    `fused` is in the results if the model's config has a fusion_lambda. Raises UserError if k exceeds the gallery, the
+    `fused` is in the results if the model's config has a fusion_lambda, and how far its probabilities are off if it is
+    calibrated. Raises UserError if k exceeds the gallery, the
     folds are not equal, or backbone, store or an image file is not usable."""
     check_pool(k, dataset, folds)
     dtype = dtype or distributed.agree(fastest_dtype(distributed.device))
@@ -86,7 +89,7 @@ def evaluate(
             pools = _pools_of_folds(*_embeddings(gallery, direction), *images, edges, max(k, depth, *RECALL_DEPTHS))
             with watch.part("rerank"):
                 logits = rerank_pools(scorer, gallery, pools, direction, k, distributed, pairs_per_batch, progress)
-            directions[direction] = _direction_results(*images, pools, logits, model.config.fusion_lambda, folds)
+            directions[direction] = _direction_results(*images, pools, logits, model.config, folds)
     model.train(was_training)
     precision = dtype_name(dtype)
     return Results(**directions, image_subsets=dataset.subsets, seconds=watch.seconds, precision=precision)
@@ -240,7 +243,7 @@ def _direction_results(
     item_image: np.ndarray,
     pools: Pools,
     logits: Tensor,
-    fusion_lambda: float | None,
+    config: EDJEConfig,
     folds: int,
 ) -> DirectionResults:
     return DirectionResults(
@@ -250,6 +253,7 @@ def _direction_results(
         similarities=pools.similarities.cpu().numpy(),
         logits=logits.numpy(),
         first_right=pools.first_right.cpu().numpy(),
-        fusion_lambda=fusion_lambda,
+        fusion_lambda=config.fusion_lambda,
+        calibration=Calibration.of(config),
         folds=folds,
     )

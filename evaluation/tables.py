@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
+from .calibration import BINS
 from .figures import COLUMNS, DIRECTIONS, ColumnFigures, DirectionFigures, EvaluationRecord, PartFigures
 from .metrics import EXTENDED_METRICS, METRICS
 
@@ -83,6 +84,34 @@ def extended_rows(records: Sequence[EvaluationRecord]) -> list[list[str]]:
     return rows
 
 
+def calibration_rows(record: EvaluationRecord) -> list[list[str]]:
+    """Header and a row for each direction: how far probabilities are off, before and after the fit; nothing where the
+    checkpoint was not calibrated."""
+    errors = {direction: part.calibration for direction, part in record.figures.directions().items()}
+    rows = [
+        [
+            DIRECTION_TITLES[direction],
+            *(f"{value:.3f}" for value in (found.ece_before, found.ece_after, found.brier_before, found.brier_after)),
+        ]
+        for direction, found in errors.items()
+        if found is not None
+    ]
+    return [["calibration", "ECE before", "ECE after", "Brier before", "Brier after"], *rows] if rows else []
+
+
+def calibration_note(record: EvaluationRecord) -> str:
+    """What calibration_rows() shows, in two sentences."""
+    found = record.figures.t2i.calibration
+    assert found is not None, "there are rows to explain"
+    column = COLUMN_TITLES["fused" if "fused" in record.figures.columns else "reranked"]
+    origin = f"split {found.split}" if found.split else "a split that is not recorded"
+    return (
+        f"Before: the sigmoid of the score ({column}). After: the checkpoint's probability, fitted on the "
+        f"text-to-image pools of {origin}. Over all candidates of the pools, from 0 to 1; ECE: expected calibration "
+        f"error, {BINS} bins of equal width."
+    )
+
+
 def columns_of(*parts: PartFigures) -> list[str]:
     """The columns that every one of these has, in the order of a table."""
     return [column for column in COLUMNS if all(column in part.columns for part in parts)]
@@ -134,7 +163,7 @@ def cost_text(record: EvaluationRecord) -> str:
 
 
 def markdown_report(record: EvaluationRecord) -> str:
-    """results.md: what was evaluated, the table, and what it cost."""
+    """results.md: what was evaluated, the table, what it cost, and how far probabilities are off."""
     lines = [
         f"# Retrieval on {record.dataset}, split {record.split}",
         "",
@@ -151,4 +180,6 @@ def markdown_report(record: EvaluationRecord) -> str:
             f"pool; EDJE put {gain.helped} right answers first and lost {gain.hurt}."
         )
     lines.append(f"- time: {cost_text(record)}.")
+    if calibration := calibration_rows(record):
+        lines += ["", aligned(calibration), "", calibration_note(record)]
     return "\n".join(lines) + "\n"

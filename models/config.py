@@ -6,7 +6,7 @@ Shapes throughout: B images, P patch tokens, Dv patch width, De embedding width,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -303,6 +303,16 @@ class EDJEConfig:
     def num_vision_tokens(self) -> int:
         """m: vision tokens per image in the joint input."""
         return self.adapter.num_vision_tokens(self.dims)
+
+    def with_fitted_scores_of(self, other: EDJEConfig) -> EDJEConfig:
+        """This configuration with what was fitted on a validation split for another: lambda and calibration."""
+        return replace(
+            self,
+            fusion_lambda=other.fusion_lambda,
+            fusion_split=other.fusion_split,
+            probability_scale=other.probability_scale,
+            probability_offset=other.probability_offset,
+        )
 
 
 class FeatureSource(Protocol):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data.batches import TrainingBatches
 from data.caption_datasets import CaptionDataset
 from data.neighbours import CaptionKeys
-from evaluation.results import choose_lambda
+from evaluation.results import with_fitted_scores
 from models.checkpoints.checkpoint import read_latest, write_checkpoint_files, write_latest
 from models.distributed import DistributedContext
 from models.edje import EDJE
@@ -115,8 +115,7 @@ class Run:
         if restored.config.adapter != self.model.config.adapter or restored.config.encoder != self.model.config.encoder:
             raise UserError(f"{latest}: its model is not the one configured; choose another output or the same model")
         self.model.load_state_dict(restored.state_dict())
-        fusion = {name: getattr(restored.config, name) for name in ("fusion_lambda", "fusion_split")}
-        self.model.config = replace(self.model.config, **fusion)
+        self.model.config = self.model.config.with_fitted_scores_of(restored.config)
         configured = [{key: group[key] for key in ("peak", "weight_decay")} for group in self.optimizer.param_groups]
         for group in state["optimizer"]["param_groups"]:
             group["fused"] = True  # also of a run that an older version began
@@ -240,12 +239,11 @@ def _autocast(run: Run) -> AbstractContextManager[object]:
 
 
 def _validate(run: Run, features: Features, validation: CaptionDataset, run_log: RunLog) -> None:
-    """Evaluate on the validation split, choose the fusion's lambda there, and log both."""
+    """Evaluate on the validation split, choose and calibrate the fused score there, and log the recalls."""
     k = min(run.config.evaluation.k, len(validation))
     results = features.evaluate(run.model, validation, run.distributed, k, run.dtype)
-    chosen = choose_lambda(results)
-    run.model.config = replace(run.model.config, fusion_lambda=chosen, fusion_split=run.config.data.val_split)
-    run_log.evaluation(run.step, results.with_lambda(chosen))
+    run.model.config = with_fitted_scores(run.model.config, results, run.config.data.val_split)
+    run_log.evaluation(run.step, results.with_lambda(run.model.config.fusion_lambda))
 
 
 def _describe(run: Run, batches: TrainingBatches, features: Features, objectives: Objectives) -> list[str]:

@@ -147,6 +147,8 @@ def _from_checkpoint(config: RunConfig, features: Features) -> EDJE:
         residual_similarity=source.config.residual_similarity or named.residual_similarity,
         fusion_lambda=None,
         fusion_split="",
+        probability_scale=None,
+        probability_offset=None,
     )
     rows = max(model_config.max_caption_tokens + model_config.num_vision_tokens, _given_positions(config))
     source.encoder.extend_positions(rows)

@@ -1,4 +1,4 @@
-"""The curves of report.html: recall against pool size and depth, and what a training run logged."""
+"""The curves of report.html: recall against pool size and depth, reliability, and what a training run logged."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..calibration import NONE_FITTED, Reliability
 from ..results import DirectionResults, Results
 from ..tables import COLUMN_TITLES, DIRECTION_TITLES
 from .charts import Line, LineChart
@@ -51,6 +52,27 @@ def _depth_lines(part: DirectionResults) -> list[Line]:
         hits = part.hits(column)
         depths = list(range(1, hits.shape[1] + 1))
         lines.append(Line(COLUMN_TITLES[column], depths, [part.recall(hits, k) for k in depths], COLORS[column]))
+    return lines
+
+
+def reliability_charts(results: Results) -> list[LineChart]:
+    """For each direction the share of right candidates by probability, before and after the fit; none where the
+    checkpoint was not calibrated."""
+    return [
+        LineChart(f"{title.capitalize()}: reliability", "probability", "share right", _reliability_lines(part))
+        for title, part in zip(DIRECTION_TITLES.values(), (results.t2i, results.i2t), strict=True)
+        if part.calibration is not None
+    ]
+
+
+def _reliability_lines(part: DirectionResults) -> list[Line]:
+    assert part.calibration is not None, "only calibrated results have these lines"
+    scores, right = part.scored_pool()
+    lines = [Line("as likely as it says", [0, 1], [0, 1], "muted", dashed=True)]
+    for name, calibration, color in (("before", NONE_FITTED, "second"), ("after", part.calibration, "accent")):
+        bins = Reliability.of(calibration.probabilities(scores), right)
+        title = f"{name}, ECE {bins.calibration_error:.3f}"
+        lines.append(Line(title, bins.predicted.tolist(), bins.observed.tolist(), color))
     return lines
 
 

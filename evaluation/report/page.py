@@ -17,8 +17,18 @@ from models.files import write_atomically
 from ..figures import DirectionFigures, EvaluationRecord
 from ..metrics import METRICS
 from ..results import Results
-from ..tables import COLUMN_TITLES, DIRECTION_TITLES, columns_of, cost_text, extended_rows, gain_text, protocol
-from .curves import read_log, recall_charts, training_charts
+from ..tables import (
+    COLUMN_TITLES,
+    DIRECTION_TITLES,
+    calibration_note,
+    calibration_rows,
+    columns_of,
+    cost_text,
+    extended_rows,
+    gain_text,
+    protocol,
+)
+from .curves import read_log, recall_charts, reliability_charts, training_charts
 from .examples import draw_teaser, pick_examples, thumbnail_uri
 from .gallery import make_gallery
 
@@ -48,6 +58,9 @@ def write_report(
             parts={"Whole split": record.figures} | record.subsets,
             extended=extended_rows([record]),
             recall_charts=recall_charts(results),
+            calibration=calibration_rows(record),
+            calibration_note=calibration_note,
+            reliability_charts=reliability_charts(results),
             training_charts=training_charts(log),
             gallery=make_gallery(results, dataset, best),
             dataset=dataset,

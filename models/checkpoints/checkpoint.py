@@ -135,9 +135,9 @@ def with_located_backbone(config: EDJEConfig, directory: str | Path) -> EDJEConf
     return replace(config, backbone=backbone)
 
 
-def write_fusion(directory: str | Path, fusion_lambda: float, fusion_split: str) -> None:
-    """Record the fusion weight that was chosen for a checkpoint; all else in its config.yaml stays."""
-    write_config(directory, replace(read_config(directory), fusion_lambda=fusion_lambda, fusion_split=fusion_split))
+def write_fusion(directory: str | Path, fitted: EDJEConfig) -> None:
+    """Record lambda and calibration that were fitted for a checkpoint; all else in its config.yaml stays."""
+    write_config(directory, read_config(directory).with_fitted_scores_of(fitted))
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from data.caption_datasets import load_annotations
+from evaluation.calibration import Calibration
 from evaluation.evaluate_retrieval import main
 from evaluation.output import read_rankings
 from models.checkpoints.checkpoint import read_config, write_config, write_latest
@@ -120,18 +121,36 @@ def test_subsets_of_the_file_are_reported_one_by_one(run, tmp_path, scenes, anno
     assert all(set(part[direction]) == DIRECTION_KEYS for part in subsets.values() for direction in ("t2i", "i2t"))
 
 
-def test_lambda_of_a_validation_split_is_saved_in_the_checkpoint_and_used_from_then_on(run, tmp_path):
+def test_lambda_and_calibration_of_a_validation_split_are_saved_and_used_from_then_on(run, tmp_path, capsys):
     checkpoint = run / "checkpoints" / "step-00000007"
     before = read_config(checkpoint)
     evaluate("--checkpoint", run, "--out", tmp_path / "a", "--lambda-split", "val")
-    chosen = read_config(checkpoint).fusion_lambda
+    fitted = read_config(checkpoint)
+    chosen = fitted.fusion_lambda
     evaluate("--checkpoint", run, "--out", tmp_path / "b")
     write_config(checkpoint, before)
     assert before.fusion_lambda is None
+    printed = capsys.readouterr().out
+    assert f"lambda {chosen:g}, probability = sigmoid({fitted.probability_scale:.4g} * score " in printed
+    calibration = Calibration.of(fitted)
     for out in ("a", "b"):
         part = read(tmp_path / out)["t2i"]
-        assert set(part) == DIRECTION_KEYS | FUSED_KEYS and part["fused"]["lambda"] == chosen
-        assert f"λ = {chosen:g} from split val." in (tmp_path / out / "results.md").read_text()
+        assert set(part) == DIRECTION_KEYS | FUSED_KEYS | {"calibration"} and part["fused"]["lambda"] == chosen
+        assert set(part["calibration"]) == {"ece_before", "ece_after", "brier_before", "brier_after", "split"}
+        assert part["calibration"]["split"] == "val"
+        text, page = ((tmp_path / out / name).read_text() for name in ("results.md", "report.html"))
+        assert f"λ = {chosen:g} from split val." in text
+        assert f"{part['calibration']['ece_after']:.3f}" in text and "text-to-image pools of split val" in text
+        assert "Text to image: reliability" in page
+        results, _ = read_rankings(tmp_path / out / "rankings.npz")
+        assert results.t2i.calibration == results.i2t.calibration == calibration
+
+
+def test_a_checkpoint_without_calibration_has_none_in_any_file(run, tmp_path):
+    evaluate("--checkpoint", run, "--out", tmp_path)
+    for name in ("results.json", "results.md", "report.html"):
+        assert "calibration" not in (tmp_path / name).read_text().lower()
+    assert read_rankings(tmp_path / "rankings.npz")[0].t2i.calibration is None
 
 
 @pytest.mark.parametrize(("split", "other"), [("test", "test"), ("train", "restval"), ("restval", "train")])

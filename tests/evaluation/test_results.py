@@ -7,10 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from evaluation.calibration import Calibration, fit_calibration
 from evaluation.metrics import recall_at_k, right_answers
-from evaluation.results import LAMBDA_GRID, DirectionResults, Results, choose_lambda
+from evaluation.results import LAMBDA_GRID, DirectionResults, Results, choose_lambda, with_fitted_scores
+from models.config import BackboneConfig, BackboneDims, CompressionConfig, EDJEConfig, EncoderConfig
 
 K, DEPTH, NUM_IMAGES = 6, 10, 12
+CONFIG = EDJEConfig(
+    backbone=BackboneConfig(name="ViT-B-16", pretrained="random"),
+    dims=BackboneDims(num_patches=9, patch_width=8, embedding_width=6),
+    adapter=CompressionConfig(),
+    encoder=EncoderConfig(),
+)
 
 
 def direction(seed: int, query_image: np.ndarray, item_image: np.ndarray, ties: bool = False) -> DirectionResults:
@@ -89,6 +97,33 @@ def test_without_lambda_there_is_no_fused_column():
     summary = random_results(0).figures().to_json()
     assert "fused" not in summary["t2i"] and not any(key.startswith("fused") for key in summary["i2t"])
     assert random_results(0).with_lambda(2.0).figures().to_json()["t2i"]["fused"]["lambda"] == 2.0
+
+
+def test_a_calibration_is_of_the_default_score_and_of_one_lambda():
+    results, calibration = random_results(0), Calibration(0.5, -1.0, "val")
+    for column, part in (
+        ("reranked", results.with_lambda(None, calibration).t2i),
+        ("fused", results.with_lambda(2.0, calibration).t2i),
+    ):
+        scores, right = part.scored_pool()
+        np.testing.assert_array_equal(scores, part.scores(column).ravel())
+        np.testing.assert_array_equal(right, part.hits("embedding")[:, :K].ravel())
+        found = part.figures().to_json()["calibration"]
+        probabilities = 1 / (1 + np.exp(1.0 - 0.5 * scores))
+        assert found["brier_after"] == pytest.approx(np.mean((probabilities - right) ** 2))
+        assert found["ece_before"] != found["ece_after"] and found["split"] == "val"
+    assert results.with_lambda(2.0, calibration).with_lambda(3.0).t2i.calibration is None
+    assert "calibration" not in results.with_lambda(2.0).figures().to_json()["t2i"]
+
+
+def test_lambda_and_calibration_are_fitted_on_validation_the_latter_on_text_to_image_alone():
+    validation = random_results(4)
+    config = with_fitted_scores(CONFIG, validation, "val")
+    assert config.fusion_lambda == choose_lambda(validation) and config.fusion_split == "val"
+    fused = validation.with_lambda(config.fusion_lambda)
+    assert Calibration.of(config) == fit_calibration(*fused.t2i.scored_pool(), "val")
+    assert Calibration.of(config) != fit_calibration(*fused.i2t.scored_pool(), "val")
+    assert Calibration.of(CONFIG) is None
 
 
 def test_a_subset_has_its_own_queries_and_the_whole_gallery():

@@ -130,11 +130,13 @@ def test_a_backbone_beside_the_copy_is_found_from_any_working_directory(tmp_path
         upload_checkpoint(tmp_path / "moved" / "shared" / "tiny", "owner/tiny")
 
 
-def test_a_fusion_weight_leaves_the_backbones_path_relative(tmp_path, run):
+def test_what_was_fitted_is_all_that_changes_in_a_checkpoint(tmp_path, run):
     export_checkpoint(run, tmp_path / "copy", "../clip")
-    write_fusion(tmp_path / "copy", 3.0, "val")
-    config = read_config(tmp_path / "copy")
-    assert (config.backbone.pretrained, config.fusion_lambda, config.fusion_split) == ("../clip", 3.0, "val")
+    fitted = {"fusion_lambda": 3.0, "fusion_split": "val", "probability_scale": 0.5, "probability_offset": -2.0}
+    before = read_config(tmp_path / "copy")
+    write_fusion(tmp_path / "copy", replace(before, backbone=BackboneConfig(name="another"), **fitted))
+    assert before.backbone.pretrained == "../clip"  # still relative, as it is in the file
+    assert read_config(tmp_path / "copy") == replace(before, **fitted)
 
 
 def test_a_path_from_the_working_directory_still_loads_where_older_exports_wrote_one(tmp_path, run, monkeypatch):

@@ -156,6 +156,7 @@ def test_a_local_model_trains_without_teacher_and_teaches_a_compressed_one(run_c
     assert losses(tmp_path / "student", "val/t2i/reranked/R@10")  # a validation ran at the end
     chosen = EDJE.from_pretrained(tmp_path / "student").config
     assert chosen.fusion_lambda is not None and chosen.fusion_split == "val"
+    assert chosen.probability_scale is not None and chosen.probability_offset is not None
 
 
 def test_a_checkpoint_without_residual_similarity_starts_from_the_sum_and_one_with_it_keeps_its_weight(
