@@ -10,6 +10,7 @@ All keys:     below, and in docs/config.md
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from data.neighbours import CaptionKeys
 from models.distributed import process_group
@@ -29,13 +30,13 @@ from training.setup import (
 )
 
 
-def parse_arguments() -> RunConfig:
+def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file, e.g. configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.lr=1e-4 output=runs/NAME")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     return load_config(arguments.config, arguments.overrides)
 
 

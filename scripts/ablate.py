@@ -129,7 +129,7 @@ def run_sweep(runs: Runs, names: Sequence[str], seeds: Sequence[int], time_again
     return [found[name] for name in names]
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", nargs="*", metavar="SWEEP", help="YAML file, then key=value overrides for all")
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="variants, in this order (default: all)")

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(whole(read_record(arguments.out)))
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="record to write, JSON")
     parser.add_argument("--only", choices=SECTIONS, help="one section; default: all")

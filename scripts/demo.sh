@@ -5,7 +5,7 @@
 #   bash scripts/demo.sh --pretrain                 pretrains EDJE itself, from random weights (configs/demo_pretraining);
 #                                                   done once for all runs that share data
 #   bash scripts/demo.sh --train-embedder           trains the embedder itself too (configs/embedders/scenes.yaml)
-#   OUT=runs/demo_seed1 bash scripts/demo.sh seed=1 another seed on the same data; key=value overrides go to train.py
+#   OUT=runs/demo_seed1 bash scripts/demo.sh seed=1    another seed on the same data; key=value overrides go to train.py
 # SHARED is the folder of data, embedder and stored tokens; SCENES, options of data.scenes (a smaller set); STAGES, the
 # configs of the pretraining.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -68,11 +68,15 @@ def expanded(word: str) -> list[str]:
     return found or [word]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="documents (default: README.md and docs/**/*.md)")
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a table is not current")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     stale = []
     for path in arguments.files or documents():
         if not path.is_file():

@@ -158,7 +158,7 @@ def _origin(run: Path) -> tuple[list[str], list[str]]:
     return datasets, [weights] if on_hub else []
 
 
-def main() -> None:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to write")
@@ -170,7 +170,11 @@ def main() -> None:
     )
     parser.add_argument("--push", default="", metavar="OWNER/NAME", help="upload the directory to this repository")
     parser.add_argument("--private", action="store_true", help="with --push: a repository that only you see")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_arguments()
     source = export_checkpoint(
         args.source,
         args.out,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,12 +45,16 @@ def import_checkpoint(source: Path, out: Path, config_json: Path | None) -> EDJE
     return model
 
 
-def main() -> None:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="FILE_OR_DIR", help="published checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to write")
     parser.add_argument("--config", type=Path, metavar="FILE.json", help="config.json with a vocab.txt beside it")
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse_arguments()
     model = import_checkpoint(arguments.source, arguments.out, arguments.config)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{arguments.out}: {parameters:,} parameters, {model.config.num_vision_tokens} vision tokens per image")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def run(args: argparse.Namespace, distributed: DistributedContext) -> None:
         print(*(describe(store, what) for store, what in stores), sep="\n")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="trained model: store its compressed tokens")
@@ -200,11 +201,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes per rank that decode images (%(default)s)")
     parser.add_argument("--skip-unreadable", action="store_true", help="list unreadable images and leave them out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_arguments()
     with process_group(args.device) as distributed:
         run(args, distributed)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def next_commands(name: str, root: Path, splits: list[str], images: Path) -> lis
     return commands
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=list(NAMED_DATASETS))
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of annotations and images")
@@ -133,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--decode", type=int, default=0, metavar="N", help="also decode a random sample of N images")
     parser.add_argument("--list", type=Path, metavar="FILE", help="write the paths of all missing images, one a line")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:

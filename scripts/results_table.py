@@ -166,14 +166,18 @@ def about(record: EvaluationRecord) -> str:
     return f"{record.dataset}, {record.split}: {counts}; {model_title(record)}, {record.model.setting}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="results.json files, one per seed")
     parser.add_argument("--subsets", action="store_true", help="also a row for each subset of the split")
     parser.add_argument("--table-only", action="store_true", help="without the sentence on the protocol")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="R@1 of folders of seeds, side by side")
     parser.add_argument("--paper", type=Path, metavar="DIR", help="the paper's tables and every results.json below DIR")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     if sum(map(bool, (arguments.results, arguments.compare, arguments.paper))) != 1:
         raise UserError("give results.json files of one experiment, --compare DIR ..., or --paper DIR")
     if arguments.paper:

@@ -93,18 +93,23 @@ def read_record(path: Path) -> dict[str, dict[str, float]]:
     return {kind: {name: kinds.inside(kind).number(name) for name in ("pairs", "cosine", "logit")} for kind in kinds}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rankings", type=Path, nargs="?", help="rankings.npz of evaluation/evaluate_retrieval.py")
     parser.add_argument("annotations", type=Path, nargs="?", help="dataset_scenes.json")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write a record")
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="read no rankings; print a record's table")
     arguments = parser.parse_args(argv)
+    if not arguments.annotations and not arguments.table:
+        parser.error("give rankings.npz and dataset_scenes.json, or --table FILE.json")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     if arguments.table:
         print(table(read_record(arguments.table)))
         return
-    if not arguments.annotations:
-        parser.error("give rankings.npz and dataset_scenes.json, or --table FILE.json")
     results, dataset = read_rankings(arguments.rankings)
     kinds = count_errors(results.t2i, read_scenes(arguments.annotations, dataset))
     if arguments.out:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -53,12 +54,16 @@ def fill_in(model: EDJE, tokens: Tensor, dataset: CaptionDataset, values: dict[s
     ]
 
 
-def main() -> None:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="model or run; its backbone encodes the images")
     parser.add_argument("annotations", type=Path, help="dataset_scenes.json")
     parser.add_argument("--split", default="val")
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse_arguments()
     model = EDJE.from_pretrained(arguments.checkpoint)
     dataset = load_annotations(arguments.annotations, arguments.annotations.parent, arguments.split)
     objects = [len(scene["objects"]) for scene in read_scenes(arguments.annotations, dataset)]

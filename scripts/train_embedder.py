@@ -48,7 +48,7 @@ TEXT_FOLDER = "text"
 FEATURE_BATCH = 64
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML of an EmbedderConfig")
     parser.add_argument("--annotations", type=Path, required=True, help="Karpathy JSON with splits train and val")
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="end within this many minutes of training")
     parser.add_argument("--patience", type=int, help="overrides the config's patience")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from models.errors import run_entry_point
@@ -10,7 +11,7 @@ from models.errors import run_entry_point
 from .dataset import write_contact_sheet, write_scenes
 
 
-def main() -> None:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data.scenes",
         description=__doc__.partition("\n")[0],
@@ -23,7 +24,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="draws everything (default %(default)s)")
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels (default %(default)s)")
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also draw 24 test scenes")
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse_arguments()
     annotation_file = write_scenes(
         arguments.out, arguments.train, arguments.val, arguments.test, arguments.seed, arguments.image_size
     )

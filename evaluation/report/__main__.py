@@ -19,7 +19,7 @@ from evaluation.report.page import write_report, write_teaser
 from models.errors import run_entry_point
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.report",
         description=__doc__,
@@ -28,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, required=True, help="directory with results.json and rankings.npz")
     parser.add_argument("--metrics", type=Path, help="metrics.jsonl of the run (default: the one beside results.json)")
     parser.add_argument("--teaser", type=Path, help="write only this PNG: a query before and after reranking")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     results, dataset = read_rankings(arguments.results / "rankings.npz")
     record = read_results(arguments.results / "results.json")
     if arguments.teaser:
