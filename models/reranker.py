@@ -16,48 +16,41 @@ Letters: n pairs, N images, C captions, Q queries, m vision tokens, H joint enco
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .candidates import (
     Numbers,
     Pair,
     as_captions,
-    as_cosines,
     as_images,
     as_pairs,
     as_queries,
     as_text_embeddings,
     distinct,
     documents_of_queries,
-    identity,
 )
 from .config import BackboneConfig, check_backbone
 from .distributed import pick_device
 from .edje import EDJE
-from .encoder.optimized_encoder import pairs_at_once
 from .errors import UserError
 from .first_stage import nearest
+from .hits import Activation, Found, Ranked, Shown, as_found, best, make_hits
+from .pair_scorer import IMAGES_PER_BATCH, PairScorer, Scoring
 from .precision import resolve_precision
-from .recent_texts import RecentTexts
-from .scores import fuse, paired_cosines, probability, softmax_within
-from .stores.indexing import find_images, precompute, read_images
+from .scores import probability
+from .stores.indexing import find_images, precompute
 from .stores.token_store import TokenStore
 from .vision.backbones import Backbone
 from .vision.images import ImageError, ImageSource, may_be_image
 
-IMAGES_PER_BATCH = 32
-
 Score = Literal["fused", "match"]
-Activation = Callable[[Tensor], Tensor]
 
 
 class SearchOptions(TypedDict, total=False):
@@ -80,27 +73,6 @@ class RankOptions(SearchOptions, total=False):
     apply_softmax: bool
 
 
-class Ranked(TypedDict):
-    """A candidate: its place in the list that was given, its score, and what else was asked for or is known."""
-
-    corpus_id: int
-    score: float
-    probability: NotRequired[float]
-    """That the image shows what the query says, where the checkpoint was calibrated for this score."""
-    text: NotRequired[ImageSource]
-    """With return_documents: the candidate as it was given, under the name that sentence-transformers gives it."""
-
-
-class Found(TypedDict):
-    """An image of a store that a search found."""
-
-    id: str
-    score: float
-    first_stage_rank: int
-    """Its place in the embedding's own order, from 1."""
-    probability: NotRequired[float]
-
-
 @dataclass
 class EvaluatorMetrics:
     """Where sentence-transformers' evaluators leave their figures; the latest of each name are kept."""
@@ -109,31 +81,6 @@ class EvaluatorMetrics:
 
     def set_evaluation_metrics(self, evaluator: object, metrics: Mapping[str, float], epoch: int, step: int) -> None:
         self.metrics.update(metrics)
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """How the pairs of one call are scored."""
-
-    fusion_lambda: float | None
-    store: TokenStore | None
-    similarities: Numbers | None
-    texts: Mapping[str, Tensor]
-    batch_size: int | None
-    progress: bool
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """What becomes of the scores before they are sorted and shown."""
-
-    activation: Activation | None = None
-    softmax: bool = False
-
-    def __call__(self, scores: Tensor, group: Tensor) -> Tensor:
-        """scores [n] float32 -> [n]; group [n] int64: the softmax is within each."""
-        shown = scores if self.activation is None else self.activation(scores)
-        return softmax_within(shown, group) if self.softmax else shown
 
 
 class Reranker:
@@ -149,10 +96,7 @@ class Reranker:
         self.model, self.backbone = model.optimized(dtype), backbone
         self.store: TokenStore | None = None
         self.model_card_data = EvaluatorMetrics()
-        self._adapter = self.model.adapter_fingerprint
-        self._encode_texts = RecentTexts(backbone)
-        self._first_stage: tuple[TokenStore, Tensor] | None = None
-        self._process = os.getpid()
+        self._scorer = PairScorer(self.model, backbone)
 
     @classmethod
     def from_pretrained(
@@ -196,7 +140,7 @@ class Reranker:
         else:
             paths = list(folder_or_paths)
             ids = [path.as_posix() if isinstance(path, Path) else path for path in paths]
-        self._after_fork()
+        self._scorer.after_fork()
         self.store = precompute(
             store_path,
             paths,
@@ -261,15 +205,15 @@ class Reranker:
             of_queries if return_documents else None,
             top_k,
             min_probability,
-            _Scoring(
-                self._lambda(score),
+            self._scoring(
+                score,
                 store,
                 similarities,
-                self._given_texts(queries, text_embedding),
                 batch_size,
                 show_progress_bar,
+                self._given_texts(queries, text_embedding),
             ),
-            _Shown(activation_fn, apply_softmax),
+            Shown(activation_fn, apply_softmax),
         )
         return lists[0] if single else lists
 
@@ -292,9 +236,9 @@ class Reranker:
         """The other direction: which of these captions say what the image shows, best first; options as for rank()."""
         captions = as_captions(captions)
         pairs = [(caption, image) for caption in captions]
-        scoring = _Scoring(self._lambda(score), store, similarities, {}, batch_size, show_progress_bar)
+        scoring = self._scoring(score, store, similarities, batch_size, show_progress_bar)
         documents = [captions] if return_documents else None
-        shown = _Shown(activation_fn, apply_softmax)
+        shown = Shown(activation_fn, apply_softmax)
         return self._rank([pairs], documents, top_k, min_probability, scoring, shown)[0]
 
     @overload
@@ -342,23 +286,19 @@ class Reranker:
         if top_k > pool:
             raise UserError(f"top_k is {top_k} and pool {pool}; no more than the pool is reranked: raise pool")
         queries, single = as_queries(query)
-        self._after_fork()
-        images = self._embeddings(store)
-        texts = self._given_texts(queries, text_embedding) or self._texts(queries)
-        found = [nearest(texts[text].to(images), images, pool) for text in queries]
+        self._scorer.after_fork()
+        images = self._scorer.embeddings(store)
+        distinct_queries = list(dict.fromkeys(queries))
+        texts = self._scorer.texts(distinct_queries, self._given_texts(queries, text_embedding))
+        text_of = dict(zip(distinct_queries, texts, strict=True))
+        found = [nearest(text_of[text], images, pool) for text in queries]
         ids = [[store.ids[row] for row in rows.tolist()] for rows, _ in found]
-        scoring = _Scoring(
-            self._lambda(score),
-            store,
-            torch.cat([torch.empty(0), *(cosines.cpu() for _, cosines in found)]),
-            {},
-            batch_size,
-            show_progress_bar,
-        )
+        cosines = torch.cat([torch.empty(0), *(cosines.cpu() for _, cosines in found)])
+        scoring = self._scoring(score, store, cosines, batch_size, show_progress_bar)
         pairs = [[(text, item) for item in items] for text, items in zip(queries, ids, strict=True)]
         lists = [
-            [_found(hit, items) for hit in hits]
-            for hits, items in zip(self._rank(pairs, None, top_k, min_probability, scoring), ids, strict=True)
+            [as_found(hit, items) for hit in hits]
+            for hits, items in zip(self._rank(pairs, None, top_k, min_probability, scoring, Shown()), ids, strict=True)
         ]
         return lists[0] if single else lists
 
@@ -388,17 +328,17 @@ class Reranker:
         if prompt_name is not None:
             raise UserError(f"prompt_name is {prompt_name!r}; this model has no prompts")
         checked, single = as_pairs(pairs)
-        scoring = _Scoring(self._lambda(score), store, similarities, {}, batch_size, show_progress_bar)
+        scoring = self._scoring(score, store, similarities, batch_size, show_progress_bar)
         _, caption_of = distinct([caption for caption, _ in checked], lambda caption: caption)
         try:
-            raw = self._scores(checked, scoring)
+            raw = self._scorer.scores(checked, scoring)
         except ImageError as error:
             known = store or self.store or ()
             swapped = next((caption for caption, _ in checked if may_be_image(caption) or caption in known), None)
             if swapped is None:
                 raise
             raise UserError(f"{error}; and the caption {swapped!r} is an image: the caption goes first") from None
-        scores = _Shown(activation_fn, apply_softmax)(raw, caption_of)
+        scores = Shown(activation_fn, apply_softmax)(raw, caption_of)
         if single:
             scores = scores[0]
         if convert_to_tensor:
@@ -411,8 +351,8 @@ class Reranker:
         documents: Sequence[Sequence[ImageSource]] | None,
         top_k: int | None,
         min_probability: float | None,
-        scoring: _Scoring,
-        shown: _Shown = _Shown(),
+        scoring: Scoring,
+        shown: Shown,
     ) -> list[list[Ranked]]:
         """The hits of each list of pairs, best first; all pairs are scored together."""
         if top_k is not None:
@@ -424,19 +364,32 @@ class Reranker:
                 "--lambda-split, or drop min_probability or score"
             )
         sizes = [len(pairs) for pairs in pairs_of_lists]
-        scores = self._scores([pair for pairs in pairs_of_lists for pair in pairs], scoring)
+        scores = self._scorer.scores([pair for pairs in pairs_of_lists for pair in pairs], scoring)
         list_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
         values = shown(scores, list_of).split(sizes)
-        lists = [_hits(part) for part in values]
-        if calibration is not None:
-            for hits, part in zip(lists, probability(scores, *calibration).split(sizes), strict=True):
-                for hit, value in zip(hits, part.tolist(), strict=True):
-                    hit["probability"] = value
-        if documents is not None:
-            for hits, given in zip(lists, documents, strict=True):
-                for hit, document in zip(hits, given, strict=True):
-                    hit["text"] = document
-        return [_best(hits, top_k, min_probability) for hits in lists]
+        probabilities = None if calibration is None else probability(scores, *calibration).split(sizes)
+        lists = []
+        for number, part in enumerate(values):
+            hits = make_hits(
+                part,
+                None if probabilities is None else probabilities[number],
+                None if documents is None else documents[number],
+            )
+            lists.append(best(hits, top_k, min_probability))
+        return lists
+
+    def _scoring(
+        self,
+        score: Score | None,
+        store: TokenStore | None,
+        similarities: Numbers | None,
+        batch_size: int | None,
+        progress: bool,
+        texts: Mapping[str, Tensor] | None = None,
+    ) -> Scoring:
+        if batch_size is not None:
+            _check_at_least(1, batch_size=batch_size)
+        return Scoring(self._lambda(score), store or self.store, similarities, texts or {}, batch_size, progress)
 
     def _lambda(self, score: str | None) -> float | None:
         """What the cosine weighs in the score asked for; None: the match logit alone."""
@@ -463,136 +416,6 @@ class Reranker:
             return {}
         width = self.model.config.dims.embedding_width
         return dict(zip(queries, as_text_embeddings(embeddings, len(queries), width), strict=True))
-
-    def _texts(self, captions: list[str], given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Text -> its embedding [De] float32 on the model's device."""
-        texts = {caption: embedding.to(self.model.device) for caption, embedding in (given or {}).items()}
-        others = [caption for caption in dict.fromkeys(captions) if caption not in texts]
-        if others:
-            texts |= zip(others, self._encode_texts(others).to(self.model.device), strict=True)
-        return texts
-
-    def _embeddings(self, store: TokenStore) -> Tensor:
-        """All embeddings of a store, [N, De] float32 on the model's device; those of the latest store are kept."""
-        if self._first_stage is None or self._first_stage[0] is not store:
-            store.check(backbone=self.backbone.fingerprint, adapter=self._adapter)
-            rows = np.arange(len(store))
-            self._first_stage = store, store.gather_embedding_rows(rows).to(self.model.device)
-        return self._first_stage[1]
-
-    @torch.inference_mode()
-    def _scores(self, pairs: list[Pair], scoring: _Scoring) -> Tensor:
-        """[n] float32 on the CPU."""
-        if scoring.batch_size is not None:
-            _check_at_least(1, batch_size=scoring.batch_size)
-        given = None if scoring.similarities is None else as_cosines(scoring.similarities, len(pairs))
-        if not pairs:
-            return torch.empty(0)
-        self._after_fork()
-        # Each distinct pair once: in another row of a batch the same pair may round otherwise, and equals must tie.
-        numbered = list(enumerate(pairs))
-        cosine_of = (lambda number: None) if given is None else given.tolist().__getitem__
-        unique, pair_index = distinct(numbered, lambda item: (item[1][0], identity(item[1][1]), cosine_of(item[0])))
-        captions, caption_index = distinct([pair[0] for _, pair in unique], lambda caption: caption)
-        images, image_index = distinct([pair[1] for _, pair in unique], identity)
-        needed = scoring.fusion_lambda is not None or bool(self.model.config.residual_similarity)
-        tokens, embeddings = self._vision(images, scoring)
-        similarities = None
-        if needed and given is not None:
-            similarities = given[[number for number, _ in unique]].to(self.model.device)
-        elif needed:
-            known = self._texts(captions, scoring.texts)
-            texts = torch.stack([known[caption] for caption in captions])
-            similarities = paired_cosines(texts[caption_index], embeddings[image_index])
-        scores = self._match_logits(captions, tokens, caption_index, image_index, similarities, scoring)
-        if scoring.fusion_lambda is not None and similarities is not None:
-            scores = fuse(scores, similarities, scoring.fusion_lambda)
-        return scores.cpu()[pair_index]
-
-    def _match_logits(
-        self,
-        captions: list[str],
-        tokens: Tensor,
-        caption_index: Tensor,
-        image_index: Tensor,
-        similarities: Tensor | None,
-        scoring: _Scoring,
-    ) -> Tensor:
-        """[n] float32. Pairs of like length share a micro-batch: the encoder runs equal lengths together."""
-        device = self.model.device
-        ids = self.model.tokenizer(captions, self.model.max_joint_pieces)
-        order = ids.lengths[caption_index].argsort(stable=True).to(device)
-        ids, caption_index, image_index = ids.to(device), caption_index.to(device), image_index.to(device)
-        if not self.model.config.residual_similarity:
-            similarities = None
-        logits = torch.empty(len(order), device=device)
-        size = scoring.batch_size or pairs_at_once(device, tokens.shape[1])
-        with tqdm(total=len(order), desc="score", unit="pair", disable=not scoring.progress) as bar:
-            for part in order.split(size):
-                cosines = None if similarities is None else similarities[part]
-                logits[part] = self.model.match_logits(ids, tokens, caption_index[part], image_index[part], cosines)
-                bar.update(len(part))
-        return logits
-
-    def _vision(self, images: list[ImageSource], scoring: _Scoring) -> tuple[Tensor, Tensor]:
-        """Vision tokens [N, m, H] and embeddings [N, De] float32, of each image from the store or from the backbone."""
-        store = scoring.store or self.store
-        config, device = self.model.config, self.model.device
-        if store is not None:
-            store.check(backbone=self.backbone.fingerprint, adapter=self._adapter)
-        texts = {i: image for i, image in enumerate(images) if isinstance(image, str)}
-        ids = {} if store is None else {i: text for i, text in texts.items() if text in store}
-        others = [i for i in range(len(images)) if i not in ids]
-        tokens = torch.empty(len(images), config.num_vision_tokens, config.encoder.hidden_size, device=device)
-        embeddings = torch.empty(len(images), config.dims.embedding_width, device=device)
-        if store is not None and ids:
-            rows, stored = store.rows(list(ids.values())), list(ids)
-            tokens[stored] = store.gather_rows(rows).to(device, torch.float32)
-            embeddings[stored] = store.gather_embedding_rows(rows).to(device)
-        batches = [others[i : i + IMAGES_PER_BATCH] for i in range(0, len(others), IMAGES_PER_BATCH)]
-        read = read_images(images, self.backbone.preprocess, batches, num_workers=0)
-        with tqdm(total=len(others), desc="encode", unit="image", disable=not (scoring.progress and others)) as bar:
-            for batch, (pixels, unreadable) in zip(batches, read, strict=True):
-                if unreadable:
-                    raise ImageError(unreadable[0] if store is None else f"{unreadable[0]} (nor an id of {store.path})")
-                features = self.backbone.encode_images(pixels)
-                tokens[batch] = self.model.compress(features.patch_tokens).float()
-                embeddings[batch] = features.embedding
-                bar.update(len(batch))
-        return tokens, embeddings
-
-    def _after_fork(self) -> None:
-        """In a forked process one thread: the parent's team of threads is not there, and OpenMP waits for it."""
-        if os.getpid() != self._process:
-            torch.set_num_threads(1)
-            self._process = os.getpid()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_process": os.getpid()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Embeddings of a store are read again where they are needed.
-        return self.__dict__ | {"_first_stage": None}
-
-
-def _hits(scores: Tensor) -> list[Ranked]:
-    return [{"corpus_id": number, "score": score} for number, score in enumerate(scores.tolist())]
-
-
-def _best(hits: list[Ranked], top_k: int | None, min_probability: float | None) -> list[Ranked]:
-    """The first `top_k` by falling score; sorted() keeps the order of equal ones."""
-    ranked = sorted(hits, key=lambda hit: -hit["score"])
-    if min_probability is not None:
-        ranked = [hit for hit in ranked if hit["probability"] >= min_probability]
-    return ranked[:top_k]
-
-
-def _found(hit: Ranked, ids: Sequence[str]) -> Found:
-    number = hit["corpus_id"]
-    found: Found = {"id": ids[number], "score": hit["score"], "first_stage_rank": number + 1}
-    if "probability" in hit:
-        found["probability"] = hit["probability"]
-    return found
 
 
 def _named(config: BackboneConfig, checkpoint: str | Path) -> BackboneConfig:

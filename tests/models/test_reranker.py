@@ -290,7 +290,7 @@ def test_the_text_tower_runs_once_a_query_and_not_where_the_caller_knows_its_out
     text, given = fused.backbone.encode_texts([CAPTIONS[1]])[0], []
     encode = fused.backbone.encode_texts
     monkeypatch.setattr(fused.backbone, "encode_texts", lambda texts: given.extend(texts) or encode(texts))
-    monkeypatch.setattr(fused, "_encode_texts", RecentTexts(fused.backbone, most=2))
+    monkeypatch.setattr(fused._scorer, "_encode_texts", RecentTexts(fused.backbone, most=2))
     cosine = (store.gather_embeddings(store.ids) @ text).numpy()
     by_text = fused.rank(CAPTIONS[1], store.ids, store=store, text_embedding=text)
     by_cosine = fused.rank(CAPTIONS[1], store.ids, store=store, similarities=cosine)
