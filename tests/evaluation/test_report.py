@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from data.caption_datasets import CaptionDataset, load_annotations
+from evaluation.calibration import Calibration
 from evaluation.figures import read_results
 from evaluation.output import evaluation_record, read_rankings, write_results
 from evaluation.report.__main__ import main
@@ -38,7 +39,8 @@ def random_direction(seed: int, query_image: np.ndarray, item_image: np.ndarray)
     first_right = (item_image[ranking] == query_image[:, None]).argmax(axis=1)
     logits = rng.normal(size=(len(query_image), 8)).astype(np.float32)
     similarities = np.take_along_axis(similarities, candidates, axis=1)
-    return DirectionResults(query_image, item_image, candidates, similarities, logits, first_right, fusion_lambda=2.0)
+    fitted = {"fusion_lambda": 2.0, "calibration": Calibration(0.7, -2.0, "val")}
+    return DirectionResults(query_image, item_image, candidates, similarities, logits, first_right, **fitted)
 
 
 @pytest.fixture
@@ -121,6 +123,26 @@ def test_the_page_shows_figures_by_the_extended_ground_truth_where_there_are(res
     (tmp_path / "results.json").write_text(json.dumps(document))
     page = write_report(tmp_path, read_results(tmp_path / "results.json"), results, dataset).read_text()
     assert "<th>mAP@R</th>" in page and all(f"<td>{31.0 + number}</td>" in page for number in range(6))
+
+
+def test_calibration_is_shown_as_it_was_recorded_with_a_plot_of_its_bins(out, results):
+    page = unescape((out / "report.html").read_text())
+    record = read_results(out / "results.json")
+    assert record.figures == results.figures()
+    for title, part in (("Text to image", record.figures.t2i), ("Image to text", record.figures.i2t)):
+        assert f"<td>{part.calibration.brier_after:.3f}</td>" in page
+        plot = page[page.index(f"{title}: reliability") :]
+        assert f"after, ECE {part.calibration.ece_after:.3f}" in plot[: plot.index("<svg")]
+        assert plot[: plot.index("</svg>")].count("<circle") > 10  # bins before and after, and the diagonal's ends
+    assert "fitted on the text-to-image pools of split val" in page
+
+
+def test_results_without_calibration_draw_a_page_without_it(results, dataset, tmp_path):
+    plain = results.with_lambda(2.0)
+    record = evaluation_record(plain, "runs/x", "data/scenes.json", "test")
+    write_results(tmp_path, plain, dataset, record)
+    page = write_report(tmp_path, read_results(tmp_path / "results.json"), plain, dataset).read_text()
+    assert "reliability" not in page and "calibration" not in (tmp_path / "results.json").read_text()
 
 
 def test_the_page_shows_numbers_of_evaluation_record_and_escapes_names(out):
