@@ -28,6 +28,7 @@ from types import ModuleType
 import yaml
 from torch.distributed.run import parse_args as parse_torchrun
 
+from evaluation.evaluate_retrieval import check_lambda_split
 from scripts.ablate import chosen_names
 from scripts.train_embedder import read_config
 from training.config import load_config
@@ -164,15 +165,13 @@ def _start_python(words: Sequence[str]) -> None:
         if not hasattr(module, "parse_arguments"):
             assert not arguments, f"{module.__name__} takes no arguments"
             return
-        parsed = module.parse_arguments(arguments)
-        if module.__name__ == "scripts.train_embedder":
-            read_config(parsed)
-        if module.__name__ == "scripts.ablate" and parsed.sweep:
-            _check_sweep(parsed)
+        _CHECKS.get(module.__name__, lambda parsed: parsed)(module.parse_arguments(arguments))
 
 
 def _check_sweep(arguments: argparse.Namespace) -> None:
     """Load every variant's configuration with the command's overrides, as its runs would."""
+    if arguments.table:
+        return
     file, *overrides = arguments.sweep
     sweep = read_sweep(file)
     chosen_names(arguments.only, list(sweep.variants), "--only")
@@ -181,6 +180,14 @@ def _check_sweep(arguments: argparse.Namespace) -> None:
             written = Path(folder) / f"{name}.yaml"
             written.write_text(yaml.safe_dump(variant.config(arguments.out)))
             load_config(written, overrides)
+
+
+_CHECKS = {
+    "evaluation.evaluate_retrieval": check_lambda_split,
+    "scripts.ablate": _check_sweep,
+    "scripts.train_embedder": read_config,
+}
+"""What a command checks of its arguments after parsing them, before its work."""
 
 
 def calls_of(words: Sequence[str], settings: dict[str, str]) -> list[list[str]]:

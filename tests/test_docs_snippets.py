@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from data.caption_datasets import load_annotations
+from data.named_datasets import NAMED_DATASETS, SPLITS
 from models.errors import UserError
+from scripts.prepare_data import next_commands
 from tests.documentation import (
     PAGES,
     ROOT,
@@ -175,6 +177,16 @@ def test_a_command_in_prose_a_docstring_or_a_header_starts(command, monkeypatch)
 def test_commands_are_found_in_prose_docstrings_and_headers():
     sources = {source.suffix for source in MENTIONED.values()}
     assert sources == {".md", ".py", ".sh", ".yaml"} and len(MENTIONED) > 60
+
+
+@pytest.mark.parametrize("name", NAMED_DATASETS)
+def test_what_a_complete_download_is_told_to_run_next_starts(name, tmp_path):
+    (tmp_path / NAMED_DATASETS[name].karpathy_file).touch()
+    lines = next_commands(name, tmp_path, list(SPLITS), tmp_path)
+    commands = [line.strip() for line in lines if line.startswith("  ")]
+    assert len(commands) == 4
+    for command in commands:
+        start_dry(command)
 
 
 @pytest.mark.parametrize(
