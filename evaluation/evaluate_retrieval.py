@@ -134,9 +134,10 @@ def main(argv: list[str] | None = None) -> None:
     with process_group(arguments.device) as distributed:
         with distributed.main_first():
             checkpoint = locate_checkpoint(arguments.checkpoint, arguments.revision)
-        own = Path(arguments.checkpoint).exists()  # else in the cache of what was fetched, where nothing is written
+        # Else it is in the cache of what was fetched or converted, where nothing is written.
+        own = checkpoint.resolve().is_relative_to(Path(arguments.checkpoint).resolve())
         if not own and not arguments.out:
-            raise UserError(f"{arguments.checkpoint}: a checkpoint of the Hub has no place for results; pass --out DIR")
+            raise UserError(f"{arguments.checkpoint}: read from a cache, which is no place for results; pass --out DIR")
         source = find_source(arguments, checkpoint)
         dataset = source.load(arguments.split)
         check_pool(arguments.k, dataset, arguments.folds)

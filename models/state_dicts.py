@@ -57,6 +57,18 @@ def load_state(
 
     name_in_file: what the file calls a name of `module`, for messages, where the two differ. Raises UserError that
     lists missing, unexpected and mis-shaped names, and then leaves `module` as it was."""
+    names_of = check_state(module, state, where, name_in_file)
+    expected = module.state_dict(keep_vars=True)
+    complete = {name: state[next(n for n in names_of[id(t)] if n in state)] for name, t in expected.items()}
+    module.load_state_dict(complete)
+
+
+def check_state(
+    module: nn.Module, state: dict[str, Tensor], where: str | Path, name_in_file: Callable[[str], str] = str
+) -> dict[int, list[str]]:
+    """Raises UserError as load_state() does; `module` may have shapes alone (the meta device).
+
+    Returns the names of each parameter, by its id: tied ones have several."""
     expected = module.state_dict(keep_vars=True)
     names_of: dict[int, list[str]] = defaultdict(list)
     for name, tensor in expected.items():
@@ -72,8 +84,7 @@ def load_state(
     problems = [f"{len(names)} {kind}: {shortened(names)}" for kind, names in found if names]
     if problems:
         raise UserError(f"{where}: the weights do not fit the model's configuration; {'; '.join(problems)}")
-    complete = {name: state[next(n for n in names_of[id(t)] if n in state)] for name, t in expected.items()}
-    module.load_state_dict(complete)
+    return names_of
 
 
 def tensors_hash(state: dict[str, Tensor], settings: str = "") -> str:

@@ -35,11 +35,10 @@ from models.checkpoints.checkpoint import (
     is_relative_to_checkpoint,
     located_from,
     read_checkpoint,
-    resolve_checkpoint,
     weights_fingerprint,
     write_checkpoint,
 )
-from models.checkpoints.hub import upload_checkpoint
+from models.checkpoints.hub import locate_checkpoint, upload_checkpoint
 from models.checkpoints.model_card import LICENSE, PIPELINE_TAG, model_card
 from models.config import BackboneConfig
 from models.errors import UserError, run_entry_point
@@ -63,7 +62,7 @@ def export_checkpoint(
 
     name: what the card calls it, by default the name of `out`. Raises UserError naming the first weight that float16
     cannot hold, or given results of another checkpoint, before anything is written."""
-    checkpoint = resolve_checkpoint(source)
+    checkpoint = locate_checkpoint(source)
     run = run_directory(str(source), checkpoint)
     config, state, tokenizer = read_checkpoint(checkpoint)
     half = half_precision(state)

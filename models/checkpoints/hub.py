@@ -1,7 +1,8 @@
-"""Checkpoints on the Hugging Face Hub: fetched by name, uploaded in one commit.
+"""Checkpoints by name: on disk or on the Hugging Face Hub, ours or in the layout of the published weights.
 
     locate_checkpoint("runs/demo")                          # a directory or run that exists: itself, no network
     locate_checkpoint("owner/name", revision="v1")          # else a repository: its checkpoint in the local cache
+    locate_checkpoint("edje.pth")                           # published weights: converted once (conversion.py)
     upload_checkpoint(Path("checkpoints/edje"), "owner/name")
 
 huggingface_hub does the transfer, with its settings (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN): what was fetched
@@ -11,33 +12,40 @@ once loads without network.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError, one_line
-from .checkpoint import CARD_FILE, CHECKPOINT_FILES, is_relative_to_checkpoint, read_config, resolve_checkpoint
+from ..language.captions import VOCABULARY_FILE
+from .checkpoint import (
+    CARD_FILE,
+    CHECKPOINT_FILES,
+    CONFIG_FILE,
+    is_relative_to_checkpoint,
+    read_config,
+    read_latest,
+    resolve_checkpoint,
+)
+from .conversion import cached_conversion
+from .published import CONFIG_JSON, PUBLISHED_REPOSITORIES
+from .weight_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, choose_weight_file, shard_names
 
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 def locate_checkpoint(name: str | Path, revision: str | None = None) -> Path:
-    """The checkpoint directory that `name` means: a directory or run that exists, else OWNER/NAME on the Hub.
+    """The checkpoint directory that `name` means: a file, directory or run that exists, else OWNER/NAME on the Hub.
 
-    revision: branch, tag or commit of the repository; for a directory there is none. Only a checkpoint's own files are
-    fetched, none of which runs code. Raises UserError, naming both readings, where neither leads to a checkpoint."""
+    Published weights, in either place, are converted once; the directory is then one of the cache. revision: branch,
+    tag or commit of the repository; for a directory there is none. Only a checkpoint's own files are fetched, none of
+    which runs code. Raises UserError, naming both readings, where neither leads to a checkpoint."""
     if Path(name).exists() or not _REPOSITORY.fullmatch(str(name)):
         if revision is not None and Path(name).exists():
             raise UserError(f"{name}: a directory, which has no revision {revision!r}; leave revision out")
-        return resolve_checkpoint(name)
-    from huggingface_hub import HfApi
-
-    wanted = [*CHECKPOINT_FILES, CARD_FILE]
-    try:
-        directory = Path(HfApi().snapshot_download(str(name), revision=revision, allow_patterns=wanted))
-    except Exception as error:  # noqa: BLE001 - of huggingface_hub and of the HTTP library of its version
-        raise UserError(
-            f"{name}: no such directory, and no repository of that name{_at(revision)} could be fetched from the model "
-            f"hub ({one_line(error)}); check the name, or run once where the hub can be reached"
-        ) from None
+        return cached_conversion(Path(name)) if _may_be_published(Path(name)) else resolve_checkpoint(name)
+    directory = _fetch(str(name), revision, [*CHECKPOINT_FILES, CARD_FILE])
+    if not (directory / CONFIG_FILE).is_file():
+        return cached_conversion(*_fetch_published(str(name), revision))
     missing = [file for file in CHECKPOINT_FILES if not (directory / file).is_file()]
     if missing:
         raise UserError(
@@ -45,6 +53,48 @@ def locate_checkpoint(name: str | Path, revision: str | None = None) -> Path:
             f"{', '.join(CHECKPOINT_FILES)}"
         )
     return directory
+
+
+def _may_be_published(path: Path) -> bool:
+    """Whether it is a file, or a directory with a weight file but neither a checkpoint of ours nor a run."""
+    if not path.is_dir():
+        return path.is_file()
+    ours = (path / CONFIG_FILE).is_file() or any(read_latest(root) for root in (path, path / "checkpoints"))
+    return not ours and any(file.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) for file in path.iterdir())
+
+
+def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
+    """The snapshot of a repository in the local cache, with those of `files` that it has."""
+    from huggingface_hub import HfApi
+
+    try:
+        return Path(HfApi().snapshot_download(name, revision=revision, allow_patterns=list(files)))
+    except Exception as error:  # noqa: BLE001 - of huggingface_hub and of the HTTP library of its version
+        raise UserError(
+            f"{name}: no such directory, and no repository of that name{_at(revision)} could be fetched from the model "
+            f"hub ({one_line(error)}); check the name, or run once where the hub can be reached"
+        ) from None
+
+
+def _fetch_published(name: str, revision: str | None) -> tuple[Path, dict[str, str] | None]:
+    """The published weights of a repository in the local cache, and the models that it is known to be made with."""
+    from huggingface_hub import HfApi
+
+    beside = [CONFIG_JSON, VOCABULARY_FILE]
+    try:
+        names = HfApi().list_repo_files(name, revision=revision)
+    except Exception:  # noqa: BLE001 - offline: whatever was fetched before
+        names = [file.name for file in _fetch(name, revision, beside).iterdir()]
+    if not any(file.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) for file in names):
+        raise UserError(
+            f"{name}: the repository{_at(revision)} on the model hub has no {CONFIG_FILE}, nor any weights; a "
+            f"checkpoint has {', '.join(CHECKPOINT_FILES)}"
+        )
+    weights = choose_weight_file(names, name)
+    directory = _fetch(name, revision, [weights, *beside])
+    if weights.endswith(INDEX_SUFFIX):
+        directory = _fetch(name, revision, [weights, *beside, *shard_names(directory / weights)])
+    return directory / weights, PUBLISHED_REPOSITORIES.get(name)
 
 
 def upload_checkpoint(

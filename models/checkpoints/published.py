@@ -4,9 +4,10 @@
 
 Its state dict holds the adapter as `vision_projection`, a BertForMaskedLM as `language_model`, the heads, tied
 copies, and both frozen towers, which are left out. Sizes are read off the tensors. Head counts, epsilons and the
-activation cannot be: they come from the models that the checkpoint's own config names, where those are known here,
-or from a JSON file (tests/parity/README.md has the format) with a vocab.txt beside it. Sizes that these state too
-must be those of the tensors: a file that lacks a layer would pass for a smaller model.
+activation cannot be: they come from a JSON file, by default the config.json beside the weights (tests/parity/README.md
+has the format), or from the models that this file or the weights' own config names, where those are known here. A
+vocab.txt beside the weights is the tokenizer's. Sizes that are stated must be those of the tensors: a file that lacks a
+layer would pass for a smaller model.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import ADAPTER_CONFIGS, BackboneConfig, BackboneDims, EDJEConfig, EncoderConfig
 from ..config_io import from_dict
 from ..encoder.joint_encoder import JointEncoder, with_rows
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..language.captions import VOCABULARY_FILE, CaptionTokenizer
-from ..state_dicts import check_weights, shortened
+from ..state_dicts import check_state, check_weights, shortened
 from ..vision.adapters import build_adapter
 from .weight_files import find_weight_file, read_weights
 
@@ -53,6 +54,9 @@ LOCAL_ADAPTER = ("vision_projection.0.", "vision_projection.2.")
 LAYER = "language_model.bert.encoder.layer."
 POSITIONS = "language_model.bert.embeddings.position_embeddings.weight"
 TYPES = "language_model.bert.embeddings.token_type_embeddings.weight"
+OURS_ALONE = {"itc_logit_scale": math.log(1 / 0.07), "similarity_log_weight": 0.0}
+"""Parameters that the published model lacks, as ours starts with them; no published objective or logit uses them."""
+CONFIG_JSON = "config.json"
 CAPTION_TOKENS = 64
 """[CLS], word pieces and [SEP]s of a joint input: the published code lengthens its table of positions to 64 + m."""
 
@@ -107,7 +111,8 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Tower:
-    open_clip_name: str
+    name: str
+    """On the Hub, in transformers' layout: the published code ran these classes."""
     num_patches: int
     width: int
     num_heads: int
@@ -122,10 +127,10 @@ class _LanguageModel:
 
 
 KNOWN_TOWERS = {
-    "siglip2-large-patch16-384": _Tower("ViT-L-16-SigLIP2-384", num_patches=576, width=1024, num_heads=16),
-    "siglip2-base-patch16-384": _Tower("ViT-B-16-SigLIP2-384", num_patches=576, width=768, num_heads=12),
+    "siglip2-large-patch16-384": _Tower("google/siglip2-large-patch16-384", num_patches=576, width=1024, num_heads=16),
+    "siglip2-base-patch16-384": _Tower("google/siglip2-base-patch16-384", num_patches=576, width=768, num_heads=12),
 }
-"""Vision towers by the last part of the name in `siglip_path`; weights `webli`, epsilon 1e-6."""
+"""Vision towers by the last part of the name in `siglip_path`; epsilon 1e-6."""
 KNOWN_LANGUAGE_MODELS = {
     "minilm-l12-h384-uncased": _LanguageModel(width=384, num_heads=12, num_layers=12, intermediate_size=1536),
     "minilm-l6-h384-uncased": _LanguageModel(width=384, num_heads=12, num_layers=6, intermediate_size=1536),
@@ -133,23 +138,33 @@ KNOWN_LANGUAGE_MODELS = {
 }
 """Joint encoders by the last part of the name in `language_model_path`; gelu, epsilon 1e-12, 2 segments, 512 positions.
 """
+PUBLISHED_REPOSITORIES = {
+    "shahafw/edje-vl-image-retrieval-reranker": {
+        "siglip_path": "google/siglip2-large-patch16-384",
+        "language_model_path": "microsoft/MiniLM-L12-H384-uncased",
+    }
+}
+"""What repositories of the Hub were made with, for files that do not name it themselves."""
 NAMED = "the models that it names"
 """Source of settings that come from no --config, as messages call it."""
 
 
-def read_published(path: str | Path, config_json: str | Path | None = None) -> Published:
-    """Read a weight file (.pth, .safetensors) or a directory with one.
+def read_published(
+    path: str | Path, config_json: str | Path | None = None, named: dict[str, Any] | None = None
+) -> Published:
+    """Read a weight file, the index of its shards, or a directory (weight_files.find_weight_file says which file).
 
+    named: `siglip_path` and `language_model_path`, where neither the weights nor a config.json name them.
     Raises UserError naming the file: nothing to read, damaged, more than tensors in it (a pickle could run code),
-    keys missing, tied copies that differ, sizes that contradict `config_json` or the models that the file names, a
-    tower that is not known and no `config_json`, a vocabulary of the wrong size. Whether every shape fits is checked
-    by loading the result (`load_state`)."""
+    keys missing, tied copies that differ, shapes or sizes that contradict `config_json` or the models that the file
+    names, a tower that is not known and no `config_json`, a vocabulary of the wrong size."""
     file = find_weight_file(Path(path))
-    tensors, named = read_weights(file)
+    tensors, in_weights = read_weights(file)
     trained = {name: tensor for name, tensor in tensors.items() if not name.startswith(FROZEN_TOWERS)}
     check_weights({name: tensor for name, tensor in trained.items() if our_name(name) or name in TIED}, file)
     published = _untied(trained, file)
-    settings = _from_json(Path(config_json), named) if config_json else _from_names(named, file)
+    _check_is_edje(published, file)
+    settings = _settings(file, Path(config_json) if config_json else None, (named or {}) | in_weights)
     _check_names(published, file)
     config = _infer_config(published, settings, file)
     published[POSITIONS] = with_rows(published[POSITIONS], config.encoder.max_positions)
@@ -157,12 +172,39 @@ def read_published(path: str | Path, config_json: str | Path | None = None) -> P
     _check_vocabulary(config, tokenizer, settings, file)
     # The published training ran in bfloat16; ours keeps float32 master weights.
     renamed = {name: (our_name(name), tensor.float()) for name, tensor in published.items()}
+    state = {ours: tensor for ours, tensor in renamed.values() if ours is not None}
+    check_state(_shapes_of(config, tokenizer), state, file, published_name)
+    ours_alone = {name: torch.tensor(value) for name, value in OURS_ALONE.items()}
     return Published(
-        config=config,
-        state={ours: tensor for ours, tensor in renamed.values() if ours is not None},
-        tokenizer=tokenizer,
-        unused=[name for name, (ours, _) in renamed.items() if ours is None],
+        config, state | ours_alone, tokenizer, [name for name, (ours, _) in renamed.items() if ours is None]
     )
+
+
+def _settings(file: Path, config_json: Path | None, named: dict[str, Any]) -> _Settings:
+    """From --config, from the config.json beside the weights, or from the models that either names."""
+    beside = file.parent / CONFIG_JSON
+    if config_json is None and beside.is_file():
+        content = _read_json(beside)
+        if "vision" in content and "joint_encoder" in content:
+            config_json = beside
+        else:
+            named = content | named
+    settings = _from_json(config_json, named) if config_json else _from_names(named, file)
+    vocabulary = file.parent / VOCABULARY_FILE
+    return replace(settings, tokenizer=str(vocabulary)) if not config_json and vocabulary.is_file() else settings
+
+
+def _shapes_of(config: EDJEConfig, tokenizer: CaptionTokenizer) -> nn.Module:
+    """The trained parts of a model of this configuration, shapes alone."""
+    width = config.encoder.hidden_size
+    with torch.device("meta"):
+        parts = {
+            "adapter": build_adapter(config.adapter, config.dims, width),
+            "encoder": JointEncoder(config.encoder, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id),
+            "match_head": nn.ModuleDict({"dense": nn.Linear(width, width), "out": nn.Linear(width, 1)}),
+            "text_projection": nn.Linear(width, config.dims.embedding_width),
+        }
+        return nn.ModuleDict(parts)
 
 
 def _load_tokenizer(settings: _Settings, file: Path) -> CaptionTokenizer:
@@ -173,8 +215,8 @@ def _load_tokenizer(settings: _Settings, file: Path) -> CaptionTokenizer:
             raise
         reason = str(error).rpartition("; ")[0]  # its advice is for callers who can name a tokenizer
         raise UserError(
-            f"{file}: the tokenizer of the language model that it names is not at hand ({reason}); pass --config "
-            f"FILE.json with a {VOCABULARY_FILE} beside it"
+            f"{file}: the tokenizer of the language model that it names is not at hand ({reason}); put its "
+            f"{VOCABULARY_FILE} beside the weights"
         ) from error
 
 
@@ -202,8 +244,18 @@ def _tower_name(named: dict[str, Any]) -> str:
     return str(named.get("siglip_path", "")).rstrip("/")
 
 
-def _backbone(tower: _Tower) -> BackboneConfig:
-    return BackboneConfig(name=tower.open_clip_name, pretrained="webli")
+def _backbone(named: dict[str, Any], tower: _Tower) -> BackboneConfig:
+    """The tower where it lies on this machine, as the checkpoint names it, else by its name on the Hub."""
+    path = _tower_name(named)
+    return BackboneConfig(name=path if Path(path).is_dir() else tower.name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({one_line(error)}); restore it or remove it") from error
+    return content if isinstance(content, dict) else {}
 
 
 def _known_tower(named: dict[str, Any]) -> _Tower | None:
@@ -244,7 +296,7 @@ def _from_json(path: Path, named: dict[str, Any]) -> _Settings:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not in the expected format ({error!r}); tests/parity has examples of it") from error
     settings = from_dict(_Settings, values, where=str(path))
-    return replace(settings, backbone=_backbone(tower)) if tower else settings
+    return replace(settings, backbone=_backbone(named, tower)) if tower else settings
 
 
 def _from_names(named: dict[str, Any], file: Path) -> _Settings:
@@ -258,7 +310,7 @@ def _from_names(named: dict[str, Any], file: Path) -> _Settings:
         )
     return _Settings(
         source=NAMED,
-        backbone=_backbone(tower),
+        backbone=_backbone(named, tower),
         num_patches=tower.num_patches,
         patch_width=tower.width,
         adapter_heads=tower.num_heads,
@@ -285,10 +337,13 @@ def _stated_adapter(named: dict[str, Any]) -> dict[str, Any]:
     return {"adapter_kind": "local" if num_tokens is None else "compression", "num_tokens": num_tokens}
 
 
-def _check_names(tensors: dict[str, Tensor], file: Path) -> None:
-    """Raise UserError with all names that the published layout has for an adapter and an encoder of this kind."""
+def _check_is_edje(tensors: dict[str, Tensor], file: Path) -> None:
     if not any(name.startswith("vision_projection.") for name in tensors):
         raise UserError(f"{file}: no tensor vision_projection.* of the published layout in it; not an EDJE checkpoint?")
+
+
+def _check_names(tensors: dict[str, Tensor], file: Path) -> None:
+    """Raise UserError with all names that the published layout has for an adapter and an encoder of this kind."""
     # Names do not depend on sizes: those of the smallest model of the same kind and depth.
     adapter = ADAPTER_CONFIGS[_adapter_kind(tensors)](num_tokens=1, mlp_width=1, num_heads=1)
     encoder = EncoderConfig(

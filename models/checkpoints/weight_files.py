@@ -1,12 +1,18 @@
 """Weight files of other projects: a state dict as .safetensors, or as torch's pickle, which is read without being run.
 
-tensors, config = read_weights(find_weight_file(Path("edje.pth")))
+    tensors, config = read_weights(find_weight_file(Path("edje.pth")))
+
+Read are single files and sharded ones with their index, state dicts that a training script wrapped ({"model": ...,
+"epoch": ...}), and names as DataParallel and torch.compile leave them (`module._orig_mod.model.NAME`).
 """
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,17 @@ from ..errors import UserError, one_line
 from ..state_dicts import read_safetensors
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+INDEX_SUFFIX = ".index.json"
+"""Of the file that lists the shards of a state dict: model.safetensors.index.json, pytorch_model.bin.index.json."""
+PREFERRED_STEMS = ("model", "pytorch_model", "checkpoint")
+"""The weights of a folder with several files, by name, the first that is there."""
+NO_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|training_args|training_state|rng_state.*)\.\w+")
+"""Files with a weight file's suffix that training scripts write beside the weights."""
+WRAPPING_KEYS = ("model", "state_dict", "model_state_dict", "module")
+"""Where a saved dictionary holds the state dict, in any nesting."""
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DataParallel, torch.compile and a wrapping module put before every name, in any nesting."""
+_SHARD = re.compile(r".*-\d+-of-\d+")
 ADVICE = {
     "a Git LFS pointer": "fetch the file itself: git lfs pull",
     "a web page": "download the file itself",
@@ -27,24 +44,88 @@ ADVICE = {
 
 
 def find_weight_file(path: Path) -> Path:
-    """The file itself, or the only weight file of a directory. Raises UserError if there is none, or several."""
+    """The file itself, or the weight file (or index of shards) that choose_weight_file() takes from a directory.
+
+    Raises UserError if there is none, or if several may be meant."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise UserError(f"{path}: no such file or directory; expected a checkpoint (.pth or .safetensors)")
-    files = sorted(f for f in path.iterdir() if f.suffix in WEIGHT_SUFFIXES and f.is_file())
-    if len(files) != 1:
-        found = ", ".join(f.name for f in files) or "none"
-        raise UserError(
-            f"{path}: expected one weight file ({', '.join(WEIGHT_SUFFIXES)}), found {found}; pass the file"
-        )
-    return files[0]
+    return path / choose_weight_file((file.name for file in path.iterdir() if file.is_file()), path)
+
+
+def choose_weight_file(names: Iterable[str], where: str | Path) -> str:
+    """Of a folder's file names the one with the weights, or the index of their shards.
+
+    The only one; else the first of model, pytorch_model and checkpoint. Of one name in several formats: .safetensors,
+    which runs no code, and one file before shards. Raises UserError naming the files if there is none, or if no rule
+    tells which is meant."""
+    names, by_stem = list(names), dict[str, list[str]]()
+    found = sorted(name for name in names if _is_weights(name))
+    shards = sorted(
+        name for name in names if Path(name).suffix in WEIGHT_SUFFIXES and _SHARD.fullmatch(Path(name).stem)
+    )
+    if shards and not found:
+        raise UserError(f"{where}: {shards[0]} is a shard, and its index (*{INDEX_SUFFIX}) is missing; fetch it too")
+    for name in found:
+        by_stem.setdefault(_stem(name), []).append(name)
+    stems = [stem for stem in PREFERRED_STEMS if stem in by_stem][:1] or list(by_stem)
+    if len(stems) != 1:
+        listed = f"{', '.join(found)}; pass the file that is meant" if found else "none; pass the file"
+        raise UserError(f"{where}: expected one weight file ({', '.join(WEIGHT_SUFFIXES)}), found {listed}")
+    return min(by_stem[stems[0]], key=lambda name: (".safetensors" not in name, name.endswith(INDEX_SUFFIX), name))
+
+
+def _is_weights(name: str) -> bool:
+    suffix = Path(name.removesuffix(INDEX_SUFFIX)).suffix
+    return suffix in WEIGHT_SUFFIXES and not NO_WEIGHTS.fullmatch(name) and not _SHARD.fullmatch(Path(name).stem)
+
+
+def _stem(name: str) -> str:
+    return Path(name.removesuffix(INDEX_SUFFIX)).stem
+
+
+def shard_names(index: Path) -> list[str]:
+    """The shards that an index lists, sorted. Raises UserError if it is damaged, or names files of other folders."""
+    try:
+        names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of shards ({one_line(error)}); fetch it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name:
+            raise UserError(f"{index}: lists {name!r}, which is no file beside it; fetch it again")
+    return names
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The flat state dict and the config that was saved with it (empty where there was none).
+    """The flat state dict, without the prefixes of wrappers, and the config that was saved with it (else empty).
 
-    Raises UserError naming the file: damaged, of another format, or more than tensors in it (which could run code)."""
+    file: one weight file, or the index of its shards. Raises UserError naming the file: damaged, a shard missing, of
+    another format, or more than tensors in it (which could run code)."""
+    if not file.name.endswith(INDEX_SUFFIX):
+        state, config = _read_file(file)
+        return _without_wrappers(state, file), config
+    tensors: dict[str, Tensor] = {}
+    names = shard_names(file)
+    missing = [name for name in names if not (file.parent / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{file}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}; fetch it"
+        )
+    for name in names:
+        state, _ = _read_file(file.parent / name)
+        twice = state.keys() & tensors.keys()
+        if twice:
+            raise UserError(f"{file.parent / name}: {min(twice)} is in another shard too; fetch the shards again")
+        tensors |= state
+    listed = json.loads(file.read_text(encoding="utf-8"))["weight_map"].keys()
+    if listed != tensors.keys():
+        differing = min(listed ^ tensors.keys())
+        raise UserError(f"{file}: it and its shards differ in {differing}; fetch index and shards again")
+    return _without_wrappers(tensors, file), {}
+
+
+def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     _check_format(file)
     if file.suffix == ".safetensors":
         return read_safetensors(file), {}
@@ -59,11 +140,37 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     except Exception as error:  # a damaged archive fails in many ways
         raise UserError(f"{file}: truncated or damaged ({one_line(error)}); fetch it again") from error
-    state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
-        raise UserError(f"{file}: no state dict in it; expected names with tensors, or these under 'model'")
-    named = content.get("config")
-    return state, named if isinstance(named, dict) else {}
+    return _unwrapped(content, file)
+
+
+def _unwrapped(content: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict inside what a training script saved, and the outermost `config` on the way to it."""
+    config: dict[str, Any] = {}
+    while isinstance(content, dict):
+        config = config or (content["config"] if isinstance(content.get("config"), dict) else {})
+        inner = next((content[key] for key in WRAPPING_KEYS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
+        keys = ", ".join(f"'{key}'" for key in WRAPPING_KEYS)
+        raise UserError(f"{file}: no state dict in it; expected names with tensors, or these under {keys}")
+    return content, config
+
+
+def _without_wrappers(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The same tensors by the names that the model itself gives them. Raises UserError if two then have one name."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        inner = name
+        while prefix := next((prefix for prefix in WRAPPER_PREFIXES if inner.startswith(prefix)), ""):
+            inner = inner.removeprefix(prefix)
+        if inner in result:
+            raise UserError(f"{file}: holds {inner} twice, the second time as {name}; save one model's state dict")
+        result[inner] = tensor
+    return result
 
 
 def _check_format(file: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_checkpoint_is_evaluated_by_its_name_and_nothing_is_written_beside_it(
     write_scenes(tmp_path / "scenes", num_train=4, num_val=4, num_test=4, seed=3)
     arguments = ["--checkpoint", "owner/tiny", "--revision", "v1", "--dataset", "scenes/dataset_scenes.json"]
     arguments += ["--data-root", "scenes", "--k", "3", "--precision", "float32", "--device", "cpu"]
-    with pytest.raises(UserError, match="owner/tiny: a checkpoint of the Hub has no place for results"):
+    with pytest.raises(UserError, match="owner/tiny: read from a cache, which is no place for results"):
         evaluate_retrieval.main(arguments)
     fetched = {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file()}
     evaluate_retrieval.main([*arguments, "--lambda-split", "val", "--out", "results"])
