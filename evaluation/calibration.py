@@ -86,10 +86,13 @@ def _newton(scores: np.ndarray, targets: np.ndarray, start: np.ndarray) -> np.nd
         if np.abs(gradient).max() < 1e-12:
             break
         hessian = (inputs * (found * (1 - found))) @ inputs.T / len(targets)
-        step = np.linalg.solve(hessian, gradient)
+        # The ridge: where nearly all candidates are certain, rounding may leave nothing to divide by.
+        step = np.linalg.solve(hessian + 1e-12 * np.eye(2), gradient)
         before = cross_entropy(weights)
-        while cross_entropy(weights - step) > before and np.abs(step).max() > 1e-12:
+        while cross_entropy(weights - step) > before:
             step = step / 2
+            if np.abs(step).max() < 1e-10:  # nothing is lower but by rounding
+                return weights
         weights = weights - step
     return weights
 

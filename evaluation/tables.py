@@ -100,7 +100,7 @@ def calibration_rows(record: EvaluationRecord) -> list[list[str]]:
 
 
 def calibration_note(record: EvaluationRecord) -> str:
-    """What calibration_rows() shows, in two sentences."""
+    """What the figures of calibration_rows() are of."""
     found = record.figures.t2i.calibration
     assert found is not None, "there are rows to explain"
     column = COLUMN_TITLES["fused" if "fused" in record.figures.columns else "reranked"]

@@ -58,6 +58,15 @@ def test_scores_that_separate_right_from_wrong_give_finite_numbers(size):
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("far", [-1e3, 1e3])
+def test_one_score_far_from_all_others_does_not_spoil_the_fit(far):
+    scores, right = drawn(scale=0.6, offset=-21.0, count=2_000)
+    scores[0], right[0] = far, far > 0
+    found = fit_calibration(scores, right)
+    assert Reliability.of(found.probabilities(scores[1:]), right[1:]).calibration_error < 0.03
+
+
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("scores", [np.zeros(40, np.float32), -np.linspace(0, 1, 40, dtype=np.float32)])
 def test_scores_that_say_nothing_or_the_opposite_leave_the_share_of_right_ones(scores):
     right = np.arange(40) >= 30

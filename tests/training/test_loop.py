@@ -159,6 +159,14 @@ def test_a_local_model_trains_without_teacher_and_teaches_a_compressed_one(run_c
     assert chosen.probability_scale is not None and chosen.probability_offset is not None
 
 
+def test_a_resumed_run_keeps_what_its_last_validation_fitted(run_config, stores, tmp_path):
+    train(run_config, *stored(stores), "training.steps=1", "data.val_split=val")
+    validated = EDJE.from_pretrained(tmp_path / "run").config
+    train(run_config, *stored(stores), "training.steps=2")  # without a validation split
+    resumed = EDJE.from_pretrained(tmp_path / "run").config
+    assert validated.probability_scale is not None and resumed == validated
+
+
 def test_a_checkpoint_without_residual_similarity_starts_from_the_sum_and_one_with_it_keeps_its_weight(
     run_config, stores, tmp_path
 ):
