@@ -23,6 +23,7 @@ class ModelRecord:
     """The entry `model` of results.json."""
 
     backbone: str
+    """As its configuration names it; of a path on this machine the last part."""
     pretrained: str
     """A tag, or the last part of a path, so that the file can be shared."""
     adapter: str
@@ -76,7 +77,7 @@ def model_record(model: EDJE, run: Path, dataset: str, setting: str | None = Non
         setting = "zero-shot"
     width = config.encoder.hidden_size
     return ModelRecord(
-        backbone=config.backbone.name,
+        backbone=_shared_name(config.backbone.name),
         pretrained=Path(config.backbone.pretrained).name,
         adapter=config.adapter.kind,
         vision_tokens=config.num_vision_tokens,
@@ -89,6 +90,10 @@ def model_record(model: EDJE, run: Path, dataset: str, setting: str | None = Non
         trained_on=files,
         setting=setting or "unknown",
     )
+
+
+def _shared_name(name: str) -> str:
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def benchmark_name(dataset: str) -> str:

@@ -29,9 +29,13 @@ class BackboneConfig:
     """The frozen CLIP-style model that turns an image into patch tokens and one embedding."""
 
     name: str = ""
-    """open_clip model name, e.g. ViT-L-16-SigLIP2-384. Empty where `pretrained` is a directory with its own config."""
+    """open_clip model name, e.g. ViT-L-16-SigLIP2-384; `hf-hub:OWNER/NAME`, an open_clip model on the Hugging Face Hub;
+    or a CLIP or SigLIP of transformers: OWNER/NAME on the Hub, e.g. google/siglip2-large-patch16-384, or a directory
+    with config.json. Empty where `pretrained` is a directory with its own config."""
     pretrained: str = ""
-    """open_clip tag (openai, webli, ...), weight file, directory (open_clip_config.json and weights), or `random`."""
+    """Of an open_clip name: tag (openai, webli, ...), weight file, or `random`. Empty for a model on the Hub or of
+    transformers, which brings its own weights; or `random` for the latter. With an empty name: a directory of open_clip
+    (open_clip_config.json and weights) or of transformers (config.json and weights)."""
     token_model: str = ""
     """timm model that gives the patch tokens instead of the image tower, e.g. vit_small_patch14_dinov2; embeddings and
     text tower stay those of `name`. Empty: none, or `token_pretrained` is a directory with its own config."""

@@ -57,6 +57,7 @@ def export_checkpoint(
     results: Sequence[Path] = (),
     name: str = "",
     license: str | None = LICENSE,
+    backbone_name: str = "",
 ) -> Path:
     """Write `out` from the checkpoint or run `source`; returns the checkpoint directory that was read.
 
@@ -69,7 +70,7 @@ def export_checkpoint(
     for key, tensor in half.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{checkpoint}: {key} has values that float16 cannot hold; it cannot be exported")
-    backbone = _renamed(config.backbone, backbone_pretrained, token_pretrained, out)
+    backbone = _renamed(config.backbone, backbone_name, backbone_pretrained, token_pretrained, out)
     config = replace(config, backbone=backbone)
     records = _measured(results or _results_of(run, checkpoint), checkpoint)
     datasets, base_models = _origin(run)
@@ -87,15 +88,18 @@ def export_checkpoint(
     return checkpoint
 
 
-def _renamed(backbone: BackboneConfig, pretrained: str, token_pretrained: str, out: Path) -> BackboneConfig:
-    """The backbone under the names that are given. Raises UserError for a path from `out` that leads to nothing."""
-    for named in (pretrained, token_pretrained):
+def _renamed(backbone: BackboneConfig, name: str, pretrained: str, token_pretrained: str, out: Path) -> BackboneConfig:
+    """The backbone under the names that are given; a new `name` comes with its own `pretrained`, or none.
+
+    Raises UserError for a path from `out` that leads to nothing."""
+    for named in (name, pretrained, token_pretrained):
         located = Path(located_from(out, named))
         if is_relative_to_checkpoint(named) and not located.exists():
             raise UserError(f"{named}: no such file or directory as seen from {out}; name the path from there")
     return replace(
         backbone,
-        pretrained=pretrained or backbone.pretrained,
+        name=name or backbone.name,
+        pretrained=pretrained or ("" if name else backbone.pretrained),
         token_pretrained=token_pretrained or backbone.token_pretrained,
     )
 
@@ -161,7 +165,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to write")
-    parser.add_argument("--backbone-pretrained", default="", help="what the copy's config.yaml names as backbone")
+    parser.add_argument("--backbone-name", default="", help="the backbone's name in the copy's config.yaml")
+    parser.add_argument("--backbone-pretrained", default="", help="its weights or directory there")
     parser.add_argument("--token-pretrained", default="", help="the same for the model of its patch tokens")
     parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json for the card")
     parser.add_argument(
@@ -182,6 +187,7 @@ def main() -> None:
         args.results,
         args.push,
         args.license or None,
+        args.backbone_name,
     )
     print(f"{args.out}: float16 copy of {source}")
     if args.push:

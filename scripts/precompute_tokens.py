@@ -5,6 +5,9 @@ Compressed tokens, to rerank and to evaluate from:
 Patch tokens of a data set and the embeddings of its captions, to train from (data.store, data.caption_store):
     python scripts/precompute_tokens.py --backbone-name ViT-B-16-quickgelu --backbone-pretrained openai \\
         --images dataset_flickr30k.json --root flickr30k-images --out runs/patches --captions runs/captions
+The backbone may also be a model on the Hugging Face Hub, or a directory:
+    python scripts/precompute_tokens.py --backbone-name google/siglip2-large-patch16-384 --images photos \\
+        --out runs/patches
 
 Images in WebDataset shards, as img2dataset writes them:
     python scripts/precompute_tokens.py --checkpoint runs/demo --shards "cc12m/{00000..01242}.tar" --out cc12m.store
@@ -174,10 +177,16 @@ def run(args: argparse.Namespace, distributed: DistributedContext) -> None:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", type=Path, metavar="DIR", help="trained model: store its compressed tokens")
-    source.add_argument("--backbone-pretrained", metavar="NAME", help="no model: store patch tokens; tag or directory")
-    parser.add_argument("--backbone-name", default="", help="open_clip model; not needed for a directory")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="trained model: store its compressed tokens")
+    parser.add_argument(
+        "--backbone-name",
+        default="",
+        metavar="NAME",
+        help="no model: store patch tokens; open_clip name, hf-hub:OWNER/NAME, or OWNER/NAME or folder of transformers",
+    )
+    parser.add_argument(
+        "--backbone-pretrained", default="", metavar="NAME", help="its tag or weight file; or, alone, a directory"
+    )
     parser.add_argument("--token-model", default="", help="timm model whose patch tokens are stored instead")
     parser.add_argument("--token-pretrained", default="", help="its timm tag, .safetensors file or directory")
     parser.add_argument("--token-stages", type=int, nargs="+", default=[], help="convolutional towers, e.g. 2 3 4")
@@ -201,7 +210,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes per rank that decode images (%(default)s)")
     parser.add_argument("--skip-unreadable", action="store_true", help="list unreadable images and leave them out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.checkpoint is not None) == bool(args.backbone_name or args.backbone_pretrained):
+        parser.error("pass either --checkpoint, or a backbone: --backbone-name, --backbone-pretrained or both")
+    return args
 
 
 def main() -> None:

@@ -11,8 +11,12 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import pytest
+import transformers
 import yaml
 
 
@@ -52,6 +56,19 @@ class HubStandIn:
     def __exit__(self, *_) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        """What huggingface_hub asks in this process is asked here, and what it fetches is kept in `cache`."""
+        settings = {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_DISABLE_XET": True,  # large files by git LFS
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        # transformers keeps a client with the address of its first call.
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -28,6 +28,7 @@ from models.files import make_directory
 from models.language.captions import CaptionTokenizer, build_vocabulary
 from models.language.pretrained import read_bert_config
 from models.state_dicts import load_state
+from models.vision.backbones import is_transformers_directory
 
 from .config import NegativesConfig, RunConfig
 from .features import Embeddings, Features
@@ -102,7 +103,10 @@ def _model_config(config: RunConfig, features: Features, encoder: EncoderConfig)
     backbone = config.backbone
     return EDJEConfig(
         backbone=replace(
-            backbone, pretrained=_located(backbone.pretrained), token_pretrained=_located(backbone.token_pretrained)
+            backbone,
+            name=_located(backbone.name) if is_transformers_directory(backbone.name) else backbone.name,
+            pretrained=_located(backbone.pretrained),
+            token_pretrained=_located(backbone.token_pretrained),
         ),
         dims=features.dims,
         backbone_fingerprint=features.fingerprint,

@@ -129,6 +129,7 @@ def with_located_backbone(config: EDJEConfig, directory: str | Path) -> EDJEConf
     """The configuration with its backbone's paths as a process in any working directory needs them."""
     backbone = replace(
         config.backbone,
+        name=located_from(directory, config.backbone.name),
         pretrained=located_from(directory, config.backbone.pretrained),
         token_pretrained=located_from(directory, config.backbone.token_pretrained),
     )

@@ -30,6 +30,10 @@ from .conversion import cached_conversion
 from .published import CONFIG_JSON, PUBLISHED_REPOSITORIES
 from .weight_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, choose_weight_file, shard_names
 
+_NAMES_OF_BACKBONES = {
+    "name": "--backbone-name", "pretrained": "--backbone-pretrained", "token_pretrained": "--token-pretrained"
+}  # fmt: skip
+"""Keys that may hold a path, and what exports a checkpoint under another name."""
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -111,7 +115,7 @@ def upload_checkpoint(
     if missing:
         raise UserError(f"{directory / missing[0]}: no such file; a checkpoint has {', '.join(CHECKPOINT_FILES)}")
     backbone = read_config(directory).backbone
-    for key, option in (("pretrained", "--backbone-pretrained"), ("token_pretrained", "--token-pretrained")):
+    for key, option in _NAMES_OF_BACKBONES.items():
         named = getattr(backbone, key)
         if Path(named).is_absolute() or is_relative_to_checkpoint(named):  # neither is uploaded with it
             raise UserError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..config import BackboneConfig, EDJEConfig
+from ..vision.backbones import hub_repository, is_of_transformers
 
 PIPELINE_TAG = "text-ranking"
 LICENSE = "bsd-3-clause"
@@ -85,7 +86,7 @@ def model_card(
     config names. weights: their fingerprint, by which a card is known to belong to a model. license: of the weights,
     by the Hub's name; None: not known, and left out."""
     backbone, encoder = config.backbone, config.encoder
-    repository = BACKBONE_REPOSITORIES.get((backbone.name, backbone.pretrained))
+    repository = BACKBONE_REPOSITORIES.get((backbone.name, backbone.pretrained)) or hub_repository(backbone)
     metadata = ModelCardData(
         license=license,
         library_name="edje",
@@ -138,7 +139,8 @@ def _describe(backbone: BackboneConfig) -> str:
     """The models that encode images and captions."""
     if not (backbone.name or backbone.pretrained):
         return "Which backbone it was trained with is not recorded; set `backbone` in config.yaml."
-    clip = f"open_clip {_named(backbone.name, backbone.pretrained)}"
+    library = "transformers" if is_of_transformers(backbone) else "open_clip"
+    clip = f"{library} {_named(backbone.name, backbone.pretrained)}"
     if not backbone.token_pretrained:
         return f"{clip}, for patch tokens and embeddings."
     tokens = f"timm {_named(backbone.token_model, backbone.token_pretrained)}"
@@ -147,5 +149,5 @@ def _describe(backbone: BackboneConfig) -> str:
 
 def _named(name: str, pretrained: str) -> str:
     """Architecture and weights; of a path on this machine, which is nobody else's business, the last part."""
-    weights = Path(pretrained).name if Path(pretrained).is_absolute() else pretrained
-    return f"model `{name}` with weights `{weights}`" if name else f"model `{weights}`"
+    name, weights = (Path(given).name if Path(given).is_absolute() else given for given in (name, pretrained))
+    return f"model `{name}` with weights `{weights}`" if name and weights else f"model `{name or weights}`"

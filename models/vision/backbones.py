@@ -12,15 +12,26 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from threading import Lock
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from ..config import BackboneConfig, BackboneDims
 from ..precision import resolve_precision
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+TRANSFORMERS_CONFIG = "config.json"
+OPEN_CLIP_HUB = "hf-hub:"
+TEXT_BATCH = 256
+# Hugging Face's fast tokenizers refuse to be used by two threads at once ("Already borrowed").
+_TOKENIZER_LOCK = Lock()
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,40 @@ class Backbone(nn.Module, ABC):
         return super().train(False)
 
 
+class TorchBackbone(Backbone):
+    """A backbone whose towers are PyTorch modules. Weights stay in float32; matrix products run in `autocast_dtype`."""
+
+    autocast_dtype: torch.dtype
+
+    @abstractmethod
+    def _tokenize(self, captions: list[str]) -> Any:
+        """Captions -> what the text tower reads, on the CPU; it has `to(device)`."""
+
+    @abstractmethod
+    def _embed_tokens(self, tokens: Any) -> Tensor:
+        """What `_tokenize` gave, on the device -> embeddings [C, De], not normalised."""
+
+    # no_grad rather than inference_mode: outputs may enter a backward pass of others.
+    @torch.no_grad()
+    def encode_texts(self, captions: Sequence[str]) -> Tensor:
+        """C raw captions -> [C, De] float32, L2-normalised."""
+        embeddings = [torch.empty(0, self.dims.embedding_width, device=self.device)]
+        for start in range(0, len(captions), TEXT_BATCH):
+            with _TOKENIZER_LOCK:
+                tokens = self._tokenize(list(captions[start : start + TEXT_BATCH])).to(self.device)
+            with self._autocast():
+                embedding = self._embed_tokens(tokens)
+            embeddings.append(F.normalize(embedding.float(), dim=-1))
+        return torch.cat(embeddings)
+
+    def _autocast(self) -> AbstractContextManager:
+        # Float32 holds inside a caller's autocast too.
+        device = self.device.type
+        if not torch.amp.is_autocast_available(device):  # the meta device, which only has shapes
+            return nullcontext()
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast_dtype != torch.float32)
+
+
 @dataclass(frozen=True)
 class Family:
     """A kind of backbone: where its class is, and which configurations it serves."""
@@ -88,5 +133,29 @@ class Family:
         return family
 
 
-FAMILIES = (Family("open_clip_backbone", "OpenClipBackbone", serves=lambda config: True),)
+def is_transformers_directory(path: str) -> bool:
+    """Whether a model of transformers lies there: its config.json does."""
+    return bool(path) and Path(path, TRANSFORMERS_CONFIG).is_file()
+
+
+def is_of_transformers(config: BackboneConfig) -> bool:
+    """Whether a model of transformers is named: OWNER/NAME on the Hub, or its directory.
+
+    A directory named as `pretrained` is open_clip's where it is both's: so it was before there was another family."""
+    if config.name:
+        named = "/" in config.name and not config.name.startswith(OPEN_CLIP_HUB)
+        return named or is_transformers_directory(config.name)
+    return is_transformers_directory(config.pretrained) and not Path(config.pretrained, OPEN_CLIP_CONFIG).is_file()
+
+
+def hub_repository(config: BackboneConfig) -> str | None:
+    """OWNER/NAME of the Hub where the configuration names one, else None."""
+    name = config.name.removeprefix(OPEN_CLIP_HUB)
+    return name if name.count("/") == 1 and not Path(name).exists() and not Path(name).is_absolute() else None
+
+
+FAMILIES = (
+    Family("transformers_backbone", "TransformersBackbone", serves=is_of_transformers),
+    Family("open_clip_backbone", "OpenClipBackbone", serves=lambda config: True),
+)
 """The first that serves a configuration builds it: a new family stands before open_clip's, which serves all."""

@@ -1,7 +1,8 @@
 """Backbones of open_clip: CLIP, DFN, MetaCLIP, SigLIP 2, and directories in its layout.
 
 Any open_clip model serves. Weights come from an open_clip tag, a file, a directory (open_clip_config.json,
-open_clip_model.safetensors, tokenizer files), or are random. What its patch tokens are:
+open_clip_model.safetensors, tokenizer files), a repository of the Hugging Face Hub in the same layout
+(hf-hub:OWNER/NAME), or are random. What its patch tokens are:
 
 CLIP, DFN, MetaCLIP   last block's patches after `ln_post`, class token left out, before the projection `proj`. In terms
                       of `transformers`: CLIPVisionModel's post_layernorm(last_hidden_state)[:, 1:]. These weights want
@@ -23,13 +24,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any, Self, TypeAlias
 
 import open_clip
@@ -44,15 +43,12 @@ from torch import Tensor
 
 from ..config import BackboneConfig, BackboneDims
 from ..errors import UserError, one_line
-from .backbones import Backbone, ImageFeatures
+from .backbones import OPEN_CLIP_CONFIG, OPEN_CLIP_HUB, TRANSFORMERS_CONFIG, ImageFeatures, TorchBackbone
 from .towers import LOAD_ERRORS, TokenTower, maps_to_tokens, short_hash, stage_maps, weights_hash
 
 OpenClipModel: TypeAlias = CLIP | CustomTextCLIP
-CONFIG_FILE = "open_clip_config.json"
+CONFIG_FILE = OPEN_CLIP_CONFIG
 WEIGHTS_FILE = "open_clip_model.safetensors"
-TEXT_BATCH = 256
-# Hugging Face's fast tokenizers refuse to be used by two threads at once ("Already borrowed").
-_TOKENIZER_LOCK = Lock()
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class BothPixels:
         return torch.cat([self.clip(image).flatten(), self.tokens(image).flatten()])
 
 
-class OpenClipBackbone(Backbone):
+class OpenClipBackbone(TorchBackbone):
     """An open_clip model, and the token model where there is one. Pixels are [3, S, S], or BothPixels' row."""
 
     def __init__(
@@ -129,23 +125,18 @@ class OpenClipBackbone(Backbone):
                 tokens, embedding = output["image_intermediates"][-1], output["image_features"]
         return ImageFeatures(tokens.float(), F.normalize(embedding.float(), dim=-1))
 
-    @torch.no_grad()
-    def encode_texts(self, captions: Sequence[str]) -> Tensor:
-        """C raw captions -> [C, De] float32, L2-normalised."""
-        embeddings = [torch.empty(0, self.dims.embedding_width, device=self.device)]
-        for start in range(0, len(captions), TEXT_BATCH):
-            with _TOKENIZER_LOCK:
-                ids = self.tokenizer(list(captions[start : start + TEXT_BATCH])).to(self.device)
-            with self._autocast():
-                embedding = self.clip.encode_text(ids)
-            embeddings.append(F.normalize(embedding.float(), dim=-1))
-        return torch.cat(embeddings)
+    def _tokenize(self, captions: list[str]) -> Tensor:
+        ids: Tensor = self.tokenizer(captions)
+        return ids
+
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        embedding: Tensor = self.clip.encode_text(tokens)
+        return embedding
 
     @cached_property
     def tokenizer(self) -> Any:
         """open_clip's tokenizer: list of captions -> ids [C, context length]."""
-        source = Path(self.config.pretrained)
-        name = f"local-dir:{source}" if source.is_dir() else self.config.name
+        name = self.config.name or f"local-dir:{self.config.pretrained}"
         try:
             return open_clip.get_tokenizer(name)
         except LOAD_ERRORS as error:
@@ -153,13 +144,6 @@ class OpenClipBackbone(Backbone):
                 f"backbone {name}: its tokenizer cannot be loaded ({one_line(error)}); "
                 "put the tokenizer files beside the weights, or run once where the model hub can be reached"
             ) from None
-
-    def _autocast(self) -> AbstractContextManager:
-        # Weights stay in float32; matrix products run in bfloat16. Float32 holds inside a caller's autocast too.
-        device = self.device.type
-        if not torch.amp.is_autocast_available(device):  # the meta device, which only has shapes
-            return nullcontext()
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast_dtype != torch.float32)
 
     def _measure(self) -> BackboneDims:
         """Sizes from a pass over one blank image, after the checks that such a pass needs."""
@@ -191,7 +175,10 @@ def load_directory(directory: Path, load_weights: bool = True) -> OpenClipModel:
     Raises UserError where config or weights are missing, damaged, or do not belong together."""
     config_file = directory / CONFIG_FILE
     if not config_file.is_file():
-        raise UserError(f"{directory}: {CONFIG_FILE} is missing; expected an open_clip model directory")
+        raise UserError(
+            f"{directory}: {CONFIG_FILE} is missing; expected the directory of an open_clip model, or of a "
+            f"transformers model with its {TRANSFORMERS_CONFIG}"
+        )
     if load_weights and not (directory / WEIGHTS_FILE).is_file():
         raise UserError(
             f"{directory}: {WEIGHTS_FILE} is missing; copy it there, or train it (scripts/train_embedder.py)"
@@ -217,10 +204,13 @@ def _load_clip(config: BackboneConfig) -> tuple[OpenClipModel, str]:
             )
         clip = load_directory(Path(pretrained))
         return clip, weights_hash(clip)
+    if name.startswith(OPEN_CLIP_HUB):
+        return _load_hub(name, pretrained)
     if open_clip.get_model_config(name) is None:
         raise UserError(
             f"backbone.name {name!r} is not an open_clip architecture and backbone.pretrained {pretrained!r} is not a "
-            "directory; see open_clip.list_models(), or give an existing model directory"
+            "directory; see open_clip.list_models(), give an existing model directory, or set backbone.name to a "
+            f"model of the Hub: OWNER/NAME (transformers) or {OPEN_CLIP_HUB}OWNER/NAME (open_clip)"
         )
     if pretrained == "random":
         clip = _create(name)
@@ -228,6 +218,24 @@ def _load_clip(config: BackboneConfig) -> tuple[OpenClipModel, str]:
     if get_pretrained_cfg(name, pretrained):
         return _load_tag(name, pretrained), pretrained
     return _load_file(name, Path(pretrained))
+
+
+def _load_hub(name: str, pretrained: str) -> tuple[OpenClipModel, str]:
+    """A repository of the Hub in open_clip's layout, from the cache or the network. Its directory has the same hash."""
+    if pretrained:
+        raise UserError(
+            f"backbone.name is {name} and backbone.pretrained {pretrained!r}, but the repository brings its own "
+            "weights; leave backbone.pretrained empty"
+        )
+    try:
+        clip = _create(name, require_pretrained=True)
+    except (*LOAD_ERRORS, TypeError) as error:
+        raise UserError(
+            f"backbone.name {name}: cannot be loaded as an open_clip model of the Hub ({one_line(error)}); check the "
+            "name, run once where the model hub can be reached, or download the repository elsewhere and set "
+            "backbone.pretrained to its directory"
+        ) from None
+    return clip, weights_hash(clip)
 
 
 def _load_tag(name: str, tag: str) -> OpenClipModel:
@@ -272,7 +280,9 @@ def _create(name: str, **options: Any) -> OpenClipModel:
 def _fingerprint(config: BackboneConfig, clip: OpenClipModel, weights: str, token_tower: TokenTower | None) -> str:
     preprocessing = deepcopy(clip.visual.preprocess_cfg)
     preprocessing["size"] = list(open_clip.utils.to_2tuple(preprocessing["size"]))
-    text = f"{config.name or 'open_clip'}/{weights} {preprocessing['size'][0]}px-{short_hash(preprocessing)}"
+    # A repository's files are the same model wherever they lie.
+    name = "open_clip" if config.name.startswith(OPEN_CLIP_HUB) else config.name or "open_clip"
+    text = f"{name}/{weights} {preprocessing['size'][0]}px-{short_hash(preprocessing)}"
     if token_tower is not None:
         text += f" tokens {token_tower.fingerprint}"
     if config.token_stages:

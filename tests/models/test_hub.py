@@ -50,14 +50,7 @@ def model(backbone, tmp_path, monkeypatch) -> EDJE:
 def hub(monkeypatch, tmp_path):
     """A hub without content, and a cache without content."""
     with HubStandIn() as hub:
-        settings = {
-            "ENDPOINT": hub.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": True,  # large files by git LFS
-        }
-        for name, value in settings.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        hub.stand_in(monkeypatch, tmp_path / "cache")
         yield hub
 
 
