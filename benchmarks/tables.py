@@ -132,6 +132,14 @@ def shards_tables(section: dict[str, Any]) -> list[str]:
     return [markdown((f"images/s, {section['processes']} processes", "from shards", "PIL alone", "ratio"), rows)]
 
 
+def onnx_tables(section: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, rate in section["pairs_per_second"].items():
+        ratio = section["torch_times_as_fast"].get(name)
+        rows.append((name, spread_text(rate, ".1f"), f"{ratio['median']:.2f}" if ratio else "–"))
+    return [markdown((f"float32, threads: {section['threads']}", f"pairs/s, {SPREAD}", "torch is times as fast"), rows)]
+
+
 SECTION_TABLES = {
     "rerank": rerank_tables,
     "query": query_tables,
@@ -140,6 +148,7 @@ SECTION_TABLES = {
     "step": step_tables,
     "lists": lists_tables,
     "shards": shards_tables,
+    "onnx": onnx_tables,
 }
 """Sections of a record, in the order of their tables."""
 

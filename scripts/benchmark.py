@@ -31,7 +31,7 @@ from models.distributed import pick_device
 from models.errors import UserError, run_entry_point
 from models.files import write_atomically
 
-SECTIONS = ("rerank", "query", "store", "train", "step", "lists", "shards")
+SECTIONS = ("rerank", "query", "store", "train", "step", "lists", "shards", "onnx")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,6 +115,10 @@ def run_section(name: str, device: torch.device, arguments: argparse.Namespace) 
         from benchmarks.data import benchmark_lists, benchmark_shards
 
         return benchmark_lists(arguments.list_pairs) if name == "lists" else benchmark_shards(arguments.rounds)
+    if name == "onnx":
+        from benchmarks.onnx import benchmark_onnx
+
+        return benchmark_onnx(arguments.pairs, arguments.rounds)
     from benchmarks.rerank import benchmark_rerank
 
     return benchmark_rerank(device, arguments.pairs, arguments.rounds, arguments.baseline_batch)
