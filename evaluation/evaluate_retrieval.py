@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,8 +135,9 @@ def main(argv: list[str] | None = None) -> None:
     with process_group(arguments.device) as distributed:
         with distributed.main_first():
             checkpoint = locate_checkpoint(arguments.checkpoint, arguments.revision)
-        # Else it is in the cache of what was fetched or converted, where nothing is written.
-        own = checkpoint.resolve().is_relative_to(Path(arguments.checkpoint).resolve())
+        # Else it is in the cache of what was fetched or converted, where nothing is written. Links are not followed: a
+        # run whose checkpoints lie on another disk is a run.
+        own = Path(os.path.abspath(checkpoint)).is_relative_to(os.path.abspath(arguments.checkpoint))
         if not own and not arguments.out:
             raise UserError(f"{arguments.checkpoint}: read from a cache, which is no place for results; pass --out DIR")
         source = find_source(arguments, checkpoint)

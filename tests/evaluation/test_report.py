@@ -142,7 +142,8 @@ def test_results_without_calibration_draw_a_page_without_it(results, dataset, tm
     record = evaluation_record(plain, "runs/x", "data/scenes.json", "test")
     write_results(tmp_path, plain, dataset, record)
     page = write_report(tmp_path, read_results(tmp_path / "results.json"), plain, dataset).read_text()
-    assert "reliability" not in page and "calibration" not in (tmp_path / "results.json").read_text()
+    assert "reliability" not in page and read_results(tmp_path / "results.json").figures.t2i.calibration is None
+    assert "calibration" not in json.loads((tmp_path / "results.json").read_text())["t2i"]
 
 
 def test_the_page_shows_numbers_of_evaluation_record_and_escapes_names(out):
