@@ -20,7 +20,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -70,8 +70,7 @@ def blocks(page: Path) -> list[Block]:
     for match in _FENCE.finditer(text):
         block = Block(page, text.count("\n", 0, match.start()) + 2, match[2], match[3])
         if not block.language and match.start() == end + 1:
-            last = found.pop()
-            block = Block(last.page, last.line, last.language, last.text, block.text)
+            block = replace(found.pop(), output=block.text)
         found.append(block)
         end = match.end()
     return found
