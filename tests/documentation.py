@@ -77,7 +77,9 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands_of(block: Block) -> list[str]:
-    """The commands of a shell block, one a string: continued lines are joined, comments left out."""
+    """The commands of a shell block, one a string: continued lines are joined, comments left out. Others have none."""
+    if block.language != "bash":
+        return []
     lines = re.sub(r" *\\\n\s*", " ", block.text).splitlines()
     return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
 

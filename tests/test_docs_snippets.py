@@ -98,6 +98,13 @@ def test_the_blocks_of_a_page_run_one_after_the_other_and_print_what_it_shows(pa
             assert_printed(block, printed)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "plugs"], ids=name_of)
+def test_the_page_of_a_plug_installs_it_and_shows_what_it_prints(page):
+    shown = blocks(page)
+    assert any(command.startswith("pip install ") for block in shown for command in commands_of(block))
+    assert any(block.output for block in shown if block.language in ("python", "bash"))
+
+
 def run_python(block: Block, names: dict[str, object]) -> str:
     """Execute a block where the page's earlier blocks left off. Lines of a traceback are those of the page."""
     tree = ast.parse("\n" * (block.line - 1) + block.text, str(block.page))
@@ -156,7 +163,7 @@ def assert_printed(block: Block, printed: str) -> None:
 
 def test_every_entry_of_the_lists_is_used():
     shown = [block for page in PAGES for block in blocks(page)]
-    commands = [command for block in shown if block.language == "bash" for command in commands_of(block)]
+    commands = [command for block in shown for command in commands_of(block)]
     assert {pattern for command in commands for pattern in matching(command)} == set(DRY)
     assert set(OTHER_TOOLS) <= set(commands)
     assert set(NOT_RUN) <= {block.language for block in shown}
