@@ -122,12 +122,26 @@ def required(where: dict[str, Any]) -> str:
     )
 
 
+_PRESETS = {
+    name: {"backbone": preset, "pretrained": tag}
+    for name, preset, tag in (
+        ("openai/clip-vit-base-patch16", "ViT-B-16-quickgelu", "openai"),
+        ("openai/clip-vit-large-patch14", "ViT-L-14-quickgelu", "openai"),
+        ("openai/clip-vit-large-patch14-336", "ViT-L-14-336-quickgelu", "openai"),
+        ("google/siglip2-base-patch16-384", "ViT-B-16-SigLIP2-384", "webli"),
+        ("google/siglip2-large-patch16-384", "ViT-L-16-SigLIP2-384", "webli"),
+    )
+}
+"""The paper's backbones by their names in transformers: open_clip's preset of the same weights."""
+
+
 def belongs(record: EvaluationRecord, wanted: dict[str, object]) -> bool:
     """Whether a record says all that is wanted. One that does not know its setting belongs to either; one whose match
     logit contains the first stage's cosine to none, as the paper's do not."""
     wanted = {"residual_similarity": 0} | wanted
     facts: dict[str, object] = {"residual_similarity": 0} | record.to_json()
     facts |= record.model.to_json() if record.model else {}
+    facts |= _PRESETS.get(str(facts.get("backbone")), {})
     facts["dataset"] = benchmark_name(record.dataset)
     if facts.get("setting") == "unknown":
         facts["setting"] = wanted.get("setting")

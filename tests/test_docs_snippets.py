@@ -43,7 +43,7 @@ DRY = {
     "python train.py *": "trains for minutes or days",
     "python scripts/ablate.py *": "trains for hours",
     "python scripts/benchmark.py *": "measures for minutes",
-    "python scripts/precompute_tokens.py --backbone-name ViT-*": "needs a download",
+    "python scripts/precompute_tokens.py --backbone-name *": "needs a download",
     "python scripts/precompute_tokens.py --checkpoint runs/demo *": "needs the demo's run",
     "python evaluation/evaluate_retrieval.py *": "needs a trained run",
     "python scripts/results_table.py *runs*": "needs a trained run",

@@ -26,6 +26,8 @@ from transformers import (
     SiglipModel,
 )
 
+import train
+from evaluation import evaluate_retrieval
 from models.config import BackboneConfig, BackboneDims
 from models.edje import EDJE
 from models.errors import UserError
@@ -34,8 +36,8 @@ from models.stores.token_store import TokenStore
 from models.vision.backbones import Backbone
 from models.vision.images import open_image
 from models.vision.transformers_backbone import TransformersBackbone
+from scripts import precompute_tokens
 from tests.hub_stand_in import HubStandIn, Repository
-from tests.processes import run_script
 from tests.tiny_model import make_model, write_backbone, write_images
 from tests.tiny_transformers import CONTEXT, SIDE, write_clip, write_siglip
 
@@ -383,24 +385,42 @@ def test_a_checkpoint_takes_its_backbone_from_a_folder_beside_it(directories, tm
     assert Reranker.from_pretrained(tmp_path / "checkpoint").backbone.fingerprint == backbone.fingerprint
 
 
-def test_the_script_stores_patch_tokens_of_a_named_model(directories, tmp_path):
+def test_the_script_stores_patch_tokens_of_a_named_model(directories, tmp_path, monkeypatch):
     names = write_images(tmp_path / "images", 3)
-    options = ["--out", tmp_path / "store", "--device", "cpu", "--precision", "float32"]
-    done = run_script(
-        "scripts/precompute_tokens.py",
-        "--images",
-        tmp_path / "images",
-        "--backbone-name",
-        directories["siglip"],
-        *options,
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "store"), "--device", "cpu"]
+    named = ["--precision", "float32", "--backbone-name", str(directories["siglip"])]
+    monkeypatch.setattr("sys.argv", ["precompute_tokens.py", *arguments, *named])
+    precompute_tokens.main()
     store, backbone = TokenStore.open(tmp_path / "store"), load(directories["siglip"])
     assert store.manifest.backbone == backbone.fingerprint
     image = backbone.preprocess(open_image(tmp_path / "images" / names[0]))[None]
-    torch.testing.assert_close(
-        store.gather(names[:1]).float(), backbone.encode_images(image).patch_tokens, rtol=1e-3, atol=2e-3
-    )
+    expected = backbone.encode_images(image).patch_tokens
+    torch.testing.assert_close(store.gather(names[:1]).float(), expected, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("named", [[], ["--checkpoint", "runs/demo", "--backbone-name", "owner/name"]])
+def test_the_script_takes_a_checkpoint_or_a_backbone(named, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        precompute_tokens.parse_arguments(["--images", "photos", "--out", "store", *named])
+    assert "pass either --checkpoint, or a backbone" in capsys.readouterr().err
+
+
+def test_a_run_trains_on_images_and_its_checkpoint_is_evaluated_from_any_folder(
+    directories, run_config, annotations, tmp_path, monkeypatch
+):
+    """Workers prepare the images; the run names its backbone by a folder that is relative to where it was started."""
+    monkeypatch.chdir(directories["clip"].parent)
+    named = ["backbone.name=clip", "backbone.pretrained=", "training.steps=2", "data.num_workers=2"]
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", str(run_config), *named])
+    train.main()
+    monkeypatch.chdir("/")
+    model = EDJE.from_pretrained(tmp_path / "run")
+    assert model.config.backbone == BackboneConfig(name=str(directories["clip"]))
+    arguments = ["--checkpoint", str(tmp_path / "run"), "--dataset", str(annotations), "--k", "3"]
+    where = ["--data-root", str(annotations.parent), "--out", str(tmp_path / "results"), "--device", "cpu"]
+    evaluate_retrieval.main([*arguments, *where])
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert results["model"]["backbone"] == "clip" and results["images"] == 12
 
 
 # --- real sizes, random weights ---

@@ -209,6 +209,13 @@ def test_ours_stand_below_the_papers_row_that_they_belong_to_and_elsewhere_are_d
     assert "belong to no row" not in text
 
 
+def test_a_model_of_transformers_stands_in_the_row_of_its_weights(tmp_path):
+    write(tmp_path, "a", result(86.0, backbone="google/siglip2-large-patch16-384", pretrained=""))
+    rows = section(paper_tables(tmp_path), "Flickr30k zero-shot: embedding alone")
+    start = next(i for i, row in enumerate(rows) if row[0] == "SigLIP 2 ViT-L/16 384")
+    assert rows[start + 1][1].startswith("ours: a: google/siglip2-large-patch16-384, 64 tokens")
+
+
 @pytest.mark.parametrize(
     "changed",
     [
