@@ -1,0 +1,1 @@
+"""Emoji of three artists with captions in Karpathy's layout, rebuilt from public npm packages of pinned content."""
