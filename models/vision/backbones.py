@@ -10,6 +10,7 @@ Shapes: B images, S image side, P patch tokens, Dv patch width, De embedding wid
 from __future__ import annotations
 
 import importlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,7 @@ from ..precision import resolve_precision
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 TRANSFORMERS_CONFIG = "config.json"
 OPEN_CLIP_HUB = "hf-hub:"
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TEXT_BATCH = 256
 # Hugging Face's fast tokenizers refuse to be used by two threads at once ("Already borrowed").
 _TOKENIZER_LOCK = Lock()
@@ -149,9 +151,9 @@ def is_of_transformers(config: BackboneConfig) -> bool:
 
 
 def hub_repository(config: BackboneConfig) -> str | None:
-    """OWNER/NAME of the Hub where the configuration names one, else None."""
+    """OWNER/NAME of the Hub where the configuration names one, else None. A folder of that name takes precedence."""
     name = config.name.removeprefix(OPEN_CLIP_HUB)
-    return name if name.count("/") == 1 and not Path(name).exists() and not Path(name).is_absolute() else None
+    return name if _REPOSITORY.fullmatch(name) and not Path(name).exists() else None
 
 
 FAMILIES = (

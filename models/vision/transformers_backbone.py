@@ -8,7 +8,7 @@ pixels        `AutoImageProcessor`'s of today, which resizes with torchvision. P
 patch tokens  SiglipModel: last_hidden_state, what its pooling head reads. CLIPModel: last_hidden_state after
               post_layernorm, which `transformers` applies to the class token alone, and without that token.
 embeddings    `get_image_features` and `get_text_features`, L2-normalised. Captions are cut at the text tower's
-              context length; SigLIP's are padded to it, as it was trained without an attention mask.
+              context length; SigLIP's are padded to it and padding is not masked, as in its training.
 
 Shapes: B images, S image side, P patch tokens, Dv patch width, De embedding width, C captions.
 """
@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -31,7 +30,7 @@ from transformers.utils import logging
 
 from ..config import BackboneConfig, BackboneDims
 from ..errors import UserError, one_line
-from .backbones import ImageFeatures, TorchBackbone, is_transformers_directory
+from .backbones import ImageFeatures, TorchBackbone, hub_repository, is_transformers_directory
 from .towers import LOAD_ERRORS, short_hash, weights_hash
 
 MODELS: dict[str, Any] = {"clip": CLIPModel, "siglip": SiglipModel}
@@ -128,9 +127,11 @@ class TransformersBackbone(TorchBackbone):
         # Some classes ignore this setting of SigLIP 2's tokenizer file; it was trained on lower case.
         if self.tokenizer.init_kwargs.get("do_lower_case"):
             captions = [caption.lower() for caption in captions]
+        is_clip = isinstance(self.model, CLIPModel)
         return self.tokenizer(
             captions,
-            padding="longest" if isinstance(self.model, CLIPModel) else "max_length",
+            padding="longest" if is_clip else "max_length",
+            return_attention_mask=is_clip,
             max_length=self.model.config.text_config.max_position_embeddings,
             truncation=True,
             return_tensors="pt",
@@ -165,22 +166,12 @@ def _source(config: BackboneConfig) -> str:
             "own weights; leave backbone.pretrained empty, or give a directory there and leave backbone.name empty"
         )
     source = name or pretrained
-    if not is_transformers_directory(source) and (Path(source).is_dir() or not _may_be_hub_name(source)):
+    if not is_transformers_directory(source) and not hub_repository(config):
         raise UserError(
             f"backbone.name {source!r} is neither a directory with transformers' config.json nor OWNER/NAME on the "
             "Hub; give one of these, or an open_clip model (open_clip.list_models())"
         )
     return source
-
-
-def _may_be_hub_name(source: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return False
-    return source.count("/") == 1
 
 
 def _model_class(source: str) -> Any:

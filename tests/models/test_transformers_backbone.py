@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -28,6 +29,8 @@ from transformers import (
 
 import train
 from evaluation import evaluate_retrieval
+from models.checkpoints.hub import upload_checkpoint
+from models.checkpoints.model_card import model_card
 from models.config import BackboneConfig, BackboneDims
 from models.edje import EDJE
 from models.errors import UserError
@@ -37,6 +40,7 @@ from models.vision.backbones import Backbone
 from models.vision.images import open_image
 from models.vision.transformers_backbone import TransformersBackbone
 from scripts import precompute_tokens
+from scripts.export_checkpoint import export_checkpoint
 from tests.hub_stand_in import HubStandIn, Repository
 from tests.tiny_model import make_model, write_backbone, write_images
 from tests.tiny_transformers import CONTEXT, SIDE, write_clip, write_siglip
@@ -117,6 +121,13 @@ def test_texts_are_tokenised_as_the_model_was_trained_and_cut_at_its_context(dir
     expected = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
     torch.testing.assert_close(backbone.encode_texts(CAPTIONS), expected, rtol=0, atol=1e-5)
     assert backbone.encode_texts([]).shape == (0, KINDS[kind][2])
+
+
+def test_padding_of_siglip_is_not_masked_even_where_the_tokenizer_would(directories, tmp_path):
+    masking = Path(shutil.copytree(directories["siglip"], tmp_path / "masking"))
+    edit(masking / "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
+    assert "attention_mask" in AutoTokenizer.from_pretrained(masking)(CAPTIONS)
+    assert torch.equal(load(masking).encode_texts(CAPTIONS), load(directories["siglip"]).encode_texts(CAPTIONS))
 
 
 def test_an_image_and_a_caption_embed_the_same_whatever_batch_they_are_in(directory):
@@ -383,6 +394,25 @@ def test_a_checkpoint_takes_its_backbone_from_a_folder_beside_it(directories, tm
     monkeypatch.chdir("/")
     assert EDJE.from_pretrained(tmp_path / "checkpoint").config.backbone.name == str(tmp_path / "clip")
     assert Reranker.from_pretrained(tmp_path / "checkpoint").backbone.fingerprint == backbone.fingerprint
+
+
+def test_a_model_card_names_the_library_and_the_repository(directories, tmp_path):
+    model = make_model(load(directories["siglip"]), tmp_path / "vocab.txt")
+    named = BackboneConfig(name="google/siglip2-large-patch16-384")
+    card = model_card(replace(model.config, backbone=named), "owner/edje")
+    assert "transformers model `google/siglip2-large-patch16-384`, for patch tokens and embeddings" in card
+    assert "base_model:\n- google/siglip2-large-patch16-384" in card
+    here = model_card(replace(model.config, backbone=BackboneConfig(name=str(directories["siglip"]))), "owner/edje")
+    assert "transformers model `siglip`" in here and "base_model" not in here
+
+
+def test_a_checkpoint_is_exported_and_uploaded_under_a_name_that_others_can_load(directories, tmp_path):
+    backbone = Backbone.load(BackboneConfig(name=str(directories["clip"])), precision="float32")
+    make_model(backbone, tmp_path / "vocab.txt").save_pretrained(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"backbone.name is .*, which nobody else has.*--backbone-name NAME"):
+        upload_checkpoint(tmp_path / "mine", "owner/edje")
+    export_checkpoint(tmp_path / "mine", tmp_path / "shared", backbone_name="owner/clip")
+    assert EDJE.from_pretrained(tmp_path / "shared").config.backbone == BackboneConfig(name="owner/clip")
 
 
 def test_the_script_stores_patch_tokens_of_a_named_model(directories, tmp_path, monkeypatch):
