@@ -5,13 +5,14 @@ dry where a list below says why. Commands in prose, docstrings and headers are s
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import fnmatch
 import glob
 import io
 import re
 import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ from tests.documentation import (
     on_one_process,
     start_dry,
 )
+from tests.hub_stand_in import HubStandIn, Repository
+from tests.tiny_transformers import write_siglip
 from training.config import load_config
 
 DRY = {
@@ -54,27 +57,41 @@ DRY = {
 }
 """Commands of blocks that are started dry, as patterns, and why; torchrun's are written as one process's."""
 
-IMPORTS_ONLY = {'"shahafw/edje-vl-image-retrieval-reranker"': "needs a download"}
-"""What marks a block of Python of which only the imports run, and why."""
-
 OTHER_TOOLS = {".venv/bin/mkdocs build --strict": "needs the extra docs"}
 """Commands that are not ours, and why they do not run."""
 
 NOT_RUN = {"bibtex": "is for a bibliography"}
 """Languages of blocks that nothing runs, and why."""
 
+PUBLISHED, TOWER = "shahafw/edje-vl-image-retrieval-reranker", "google/siglip2-large-patch16-384"
+
 DECIMAL = re.compile(r"-?\d+\.\d+")
 
 
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory) -> Iterator[HubStandIn]:
+    """The Hub with what the pages load from it, of the same layout and tiny."""
+    tower = write_siglip(tmp_path_factory.mktemp("hub") / "tower", hidden_size=24, patch_size=16)
+    case = ROOT / "tests" / "parity" / "tiny_m4"
+    published = [case / name for name in ("checkpoint.safetensors", "config.json", "vocab.txt")]
+    with HubStandIn() as hub:
+        for name, files in ((PUBLISHED, published), (TOWER, tower.iterdir())):
+            hub.repositories[name] = Repository()
+            hub.repositories[name].commit("main", {file.name: file.read_bytes() for file in files})
+        yield hub
+
+
 @pytest.fixture
-def workplace(tmp_path, monkeypatch) -> None:
-    """The working directory of a reader who followed the quick start, on a CPU that computes in float32."""
+def workplace(hub, tmp_path, monkeypatch) -> None:
+    """The working directory of a reader who has photos and followed the quick start; the CPU computes in float32."""
+    hub.stand_in(monkeypatch, tmp_path / "cache" / "hub")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     readme = [command for block in blocks(ROOT / "README.md") for command in commands_of(block)]
     [render] = [command for command in readme if command.startswith("python -m data.scenes")]
     run_command(render)
+    shutil.copytree("scenes/images/test", "photos")
 
 
 @pytest.mark.usefixtures("workplace")
@@ -107,11 +124,9 @@ def test_the_page_of_a_plug_installs_it_and_shows_what_it_prints(page):
 
 def run_python(block: Block, names: dict[str, object]) -> str:
     """Execute a block where the page's earlier blocks left off. Lines of a traceback are those of the page."""
-    tree = ast.parse("\n" * (block.line - 1) + block.text, str(block.page))
-    if any(mark in block.text for mark in IMPORTS_ONLY):
-        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    code = compile("\n" * (block.line - 1) + block.text, str(block.page), "exec")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(tree, str(block.page), "exec"), names)
+        exec(code, names)
     return printed.getvalue()
 
 
@@ -167,7 +182,6 @@ def test_every_entry_of_the_lists_is_used():
     assert {pattern for command in commands for pattern in matching(command)} == set(DRY)
     assert set(OTHER_TOOLS) <= set(commands)
     assert set(NOT_RUN) <= {block.language for block in shown}
-    assert all(any(mark in block.text for block in shown) for mark in IMPORTS_ONLY)
 
 
 MENTIONED = {command: source for source, command in mentioned_commands()}

@@ -57,7 +57,7 @@ def write_siglip(directory: Path, seed: int = 0, **vision: object) -> Path:
     ends = dict(bos_token_id=2, eos_token_id=1, pad_token_id=0)
     config = SiglipConfig(
         vision_config=VISION | vision,
-        text_config=TEXT | ends | {"vocab_size": len(pieces), "projection_size": VISION["hidden_size"]},
+        text_config=TEXT | ends | {"vocab_size": len(pieces), "projection_size": (VISION | vision)["hidden_size"]},
     )
     processor = SiglipImageProcessor(size={"height": SIDE, "width": SIDE}, resample=2, do_convert_rgb=None)
     return _save(directory, SiglipModel, config, seed, processor, tokenizer)
