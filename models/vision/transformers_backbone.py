@@ -228,7 +228,11 @@ def _reading(source: str, what: str) -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         yield
-    except (*LOAD_ERRORS, ImportError, TypeError, AttributeError) as error:
+    except ImportError as error:  # SigLIP's first tokenizer needs sentencepiece
+        raise UserError(
+            f"backbone {source}: {what} cannot be loaded ({one_line(error)}); install the package that it needs"
+        ) from None
+    except (*LOAD_ERRORS, TypeError, AttributeError) as error:
         advice = (
             "restore the directory's files"
             if is_transformers_directory(source)

@@ -288,6 +288,14 @@ def test_a_missing_file_is_an_error(copy, name):
     )
 
 
+def test_a_package_that_a_tokenizer_needs_is_asked_for(directory, monkeypatch):
+    def from_pretrained(source):
+        raise ImportError("SiglipTokenizer requires the SentencePiece library\nbut it was not found")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    refused(BackboneConfig(pretrained=str(directory)), "requires the SentencePiece library.*; install the package")
+
+
 def test_weights_of_another_size_are_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     edit(copy / "config.json", vision_config=config["vision_config"] | {"intermediate_size": 64})
