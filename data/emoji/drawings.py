@@ -30,7 +30,7 @@ def _svg(icon: dict[str, Any], drawn: dict[str, Any]) -> str:
 
 
 def render_jpeg(svg: str) -> bytes:
-    """A picture over white, its longer side of 128 pixels. Raises UserError if resvg-py is not installed."""
+    """A picture over white, its longer side of 128 pixels. Raises UserError if resvg-py is absent or too old."""
     try:
         from resvg_py import svg_to_bytes
     except ImportError:
@@ -40,6 +40,12 @@ def render_jpeg(svg: str) -> bytes:
     # No fonts: drawings are made of paths, and a text would look different on each machine.
     png = svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, skip_system_fonts=True)
     # Pillow puts it over white, not resvg: the two round differently, which JPEG makes visible.
+    drawing = open_image(png)
+    if max(drawing.size) != SIDE:  # old versions take no notice of the width
+        raise UserError(
+            f"resvg-py drew {drawing.width} x {drawing.height} pixels instead of {SIDE} on the longer side; "
+            "pip install -r requirements-emoji.txt"
+        )
     jpeg = io.BytesIO()
-    open_image(png).save(jpeg, "JPEG", quality=_QUALITY)
+    drawing.save(jpeg, "JPEG", quality=_QUALITY)
     return jpeg.getvalue()

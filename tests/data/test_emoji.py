@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import resvg_py
 from PIL import Image
 
 from data.caption_datasets import load_annotations
@@ -301,6 +302,13 @@ def test_without_resvg_the_command_that_installs_it_is_named(tmp_path, archives,
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(UserError, match=r"needs resvg-py, .*pip install -r requirements-emoji\.txt"):
         build_dataset(tmp_path / "emoji", archives, **pins)
+
+
+def test_a_resvg_that_ignores_the_size_is_refused(monkeypatch):
+    draw = resvg_py.svg_to_bytes
+    monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda width, height, **options: draw(**options))
+    with pytest.raises(UserError, match=r"resvg-py drew 36 x 32 pixels instead of 128 on the longer side; pip install"):
+        render_jpeg(svg("", width=36))
 
 
 @pytest.fixture
