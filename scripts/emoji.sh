@@ -4,7 +4,8 @@
 #   bash scripts/emoji.sh DATA_ROOT frozen     real towers from pip packages, heads trained contrastively
 #   bash scripts/emoji.sh DATA_ROOT scratch    ViT and text transformer from scratch on the same images
 #   bash scripts/emoji.sh DATA_ROOT frozen seed=1 output=runs/emoji_frozen/edje_1    another seed of the match logits
-# DATA_ROOT holds dataset_emoji.json and the images. What is done is skipped; results go to the run's directory.
+# DATA_ROOT is what python scripts/prepare_data.py emoji --root DATA_ROOT
+# makes. What is done is skipped; results go to the run's directory.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 root=${1:?usage: bash scripts/emoji.sh DATA_ROOT frozen|scratch [key=value ...]} setting=${2:-frozen}
 shift $(($# < 2 ? $# : 2))
