@@ -1,10 +1,11 @@
 """Image-caption annotations: which captions belong to which image file.
 
-Two layouts, told apart by their content:
+Layouts are told apart by their content:
 - Karpathy (Flickr30k, COCO, and what data/scenes.py writes): {"images": [{"filepath" (optional), "filename", "split",
   "subset" (optional), "sentences": [{"raw": ...}, ...]}, ...]}; split `restval` counts as `train`.
-- BLIP and ALBEF: [{"image": ..., "caption": one or a list}, ...]; such a file is one split. Training lists have a
-  row per caption; rows of one image are put together. They may have millions of rows, and are read one by one.
+- All others (annotation_files.py: lists of BLIP and ALBEF, COCO's own JSON, CSV, JSON lines, parquet, folders): rows of
+  an image and its captions; rows of one image are put together. They may be millions, and are read one by one. Where no
+  column says which split a row is of, the file is one split, or is divided by `val_share`.
 
 Held as columns (data/columns.py), not as objects, so that millions of captions fit, in every process.
 
@@ -17,10 +18,9 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
-import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -31,8 +31,10 @@ from PIL import Image
 from models.errors import UserError
 from models.vision.images import may_be_image, open_image
 
+from .annotation_files import USUAL_NAMES, Annotations, ColumnNames, Record, check_names, open_annotations
+from .coco import coco_file
 from .columns import Columns, TextBuilder, TextColumn, cached_columns, numbers, open_columns, texts
-from .json_documents import is_list, list_elements, read_json
+from .json_documents import list_elements, read_json
 
 Row = tuple[str, object, str | None]
 """Image id, its caption or list of captions, its subset."""
@@ -54,6 +56,8 @@ class CaptionDataset:
     """[N] label of a part of the split that is reported separately, None where the file gives none."""
     folder: Path | None = None
     """The cached columns it was opened from: a spawned process opens them again instead of receiving a copy."""
+    left_out: Sequence[str] = ()
+    """What the annotations hold that cannot be trained on, one line each: images and captions without text."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -63,8 +67,8 @@ class CaptionDataset:
         return super().__reduce_ex__(protocol) if self.folder is None else (_open, (self.folder, self.root))
 
     def path(self, image: int) -> Path:
-        """The file of image number `image`."""
-        return self.root / self.image_ids[image]
+        """The file of image number `image`; of a COCO picture also where the folders of 2017 have it."""
+        return coco_file(self.root / self.image_ids[image])
 
     def open_image(self, image: int) -> Image.Image:
         """Image number `image`, decoded. Raises ImageError naming it if it cannot be."""
@@ -90,6 +94,39 @@ class CaptionDataset:
         return int(start), int(stop)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What of an annotation file is wanted."""
+
+    split: str | None
+    root: str
+    """Absolute."""
+    columns: ColumnNames
+    val_share: float
+    lenient: bool
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_share < 1:
+            raise UserError(f"val_share is {self.val_share}; it must be at least 0 and below 1")
+
+    @property
+    def label(self) -> str:
+        """Differs between readings that may find other rows in the same files; empty for the usual one."""
+        unusual = (self.columns, self.val_share, self.lenient)
+        return "" if unusual == (USUAL_NAMES, 0.0, False) else f"-{_digest(repr((self.root, *unusual))).hex()[:8]}"
+
+    def wants(self, record: Record) -> bool:
+        """Whether a row is of the split, in a file whose rows do not say it."""
+        if self.split is None or not self.val_share:
+            return True
+        return (self.split == "val") == is_validation(_plain_path(record.image, self.root), self.val_share)
+
+
+def is_validation(image_id: str, val_share: float) -> bool:
+    """Whether an image is among the `val_share` of images that are held out, by a hash of its path."""
+    return int.from_bytes(_digest(image_id)[:8], "big") < val_share * 2**64
+
+
 def load_annotations(
     files: str | Path | Sequence[str | Path],
     root: str | Path,
@@ -97,14 +134,22 @@ def load_annotations(
     check_images: bool = False,
     cache: str | Path | None = None,
     document: Any = None,
+    columns: ColumnNames = USUAL_NAMES,
+    val_share: float = 0.0,
+    lenient: bool = False,
 ) -> CaptionDataset:
     """Read one split of an annotation file, or all (None); `check_images` also checks that every image file exists.
 
     Several files are read as one: an image that two of them list has the captions of both. With `cache`, a folder, the
     columns are written there once and memory-mapped from then on. `document` is the content of a Karpathy file that was
-    read before, for another split. A BLIP/ALBEF list is one split, so `split` has no effect on it. Reading 5M pairs
-    peaks at 1.6 GB, once; training from them then takes 1.5 GB in all, with 4 workers and the libraries
+    read before, for another split. `columns` names columns that have unusual names. A file whose rows do not say their
+    split is one split, so `split` has no effect on it, unless `val_share` divides it: `val` are then about this share
+    of the images, by a hash of their paths, so that none ever moves, and `train` are the others. Reading 5M pairs peaks
+    at 1.6 GB, once; training from them then takes 1.5 GB in all, with 4 workers and the libraries
     (benchmarks/results/lists_cpu.json).
+
+    lenient: for training. Images without a caption, blank captions and captions that are no text are left out and
+    listed in `left_out`; in an evaluation they are an error, for recall is a share of what the file lists.
 
     Raises UserError naming the file and the first row that is wrong: missing file, no JSON, no such split (with those
     there are), no images, a path, split or subset that is no text of one line, an image without captions, twice in a
@@ -114,12 +159,13 @@ def load_annotations(
     twice = [str(file) for file, count in Counter(paths).items() if count > 1]
     if twice:
         raise UserError(f"{twice[0]}: given twice; name each annotation file once")
-    if cache is None:
-        dataset = _dataset(_read_columns(paths, split, root, document), Path(root))
+    reading = Reading(split, os.path.abspath(root), columns, val_share, lenient)
+    if cache is None or any(path.is_dir() for path in paths):  # a folder's time of change does not tell what is in it
+        dataset = _dataset(_read_columns(paths, reading, document), Path(root))
     else:
-        name = f"captions-{split or 'all'}"
-        folder, columns = cached_columns(Path(cache), name, paths, lambda: _read_columns(paths, split, root, document))
-        dataset = _dataset(columns, Path(root), folder)
+        name = f"captions-{split or 'all'}{reading.label}"
+        folder, held = cached_columns(Path(cache), name, paths, lambda: _read_columns(paths, reading, document))
+        dataset = _dataset(held, Path(root), folder)
     if check_images:
         dataset.check_images(", ".join(map(str, paths)))
     return dataset
@@ -135,6 +181,7 @@ def _dataset(columns: Columns, root: Path, folder: Path | None = None) -> Captio
         numbers(columns, "caption_image"),
         [subset or None for subset in subsets],
         folder,
+        texts(columns, "left_out") if "left_out" in columns else (),
     )
 
 
@@ -154,22 +201,26 @@ def read_field(file: str | Path, dataset: CaptionDataset, field: str) -> list[An
     return [values.get(image) for image in dataset.image_ids]
 
 
-def check_evaluation_list(file: Path) -> None:
-    """Raise UserError if a BLIP/ALBEF list gives an image one caption in two rows, which would count twice, or one
-    `image_id` to two images. Training lists are free to: their rows are many, and their sources may number alike."""
+def check_evaluation_rows(file: Path, columns: ColumnNames = USUAL_NAMES, root: Path | None = None) -> None:
+    """Raise UserError if a file of rows gives an image one caption in two rows, which would count twice, or a list one
+    `image_id` to two images. Training files are free to: their rows are many, and their sources may number alike."""
+    annotations = open_annotations(file, columns, root)
     rows: set[tuple[str, str]] = set()
-    image_of_number: dict[int | str, str] = {}
-    for row in list_elements(file):
-        image_id, caption, number = row["image"], row["caption"], row.get("image_id")
-        if isinstance(caption, str):
-            if (image_id, caption) in rows:
-                raise UserError(f"{file}: image {image_id!r} has the caption {caption!r} in two rows; remove one")
-            rows.add((image_id, caption))
-        if isinstance(number, int | str):
-            other = image_of_number.setdefault(number, image_id)
-            if other != image_id:
+    for record in annotations.records():
+        if isinstance(record.captions, str):
+            if (record.image, record.captions) in rows:
                 raise UserError(
-                    f"{file}: images {other!r} and {image_id!r} have one image_id, {number!r}; give each its own"
+                    f"{file}: image {record.image!r} has the caption {record.captions!r} in two rows; remove one"
+                )
+            rows.add((record.image, record.captions))
+    image_of_number: dict[int | str, str] = {}
+    for row in list_elements(file) if annotations.layout == "list" else ():
+        number = row.get("image_id")
+        if isinstance(number, int | str):
+            other = image_of_number.setdefault(number, row["image"])
+            if other != row["image"]:
+                raise UserError(
+                    f"{file}: images {other!r} and {row['image']!r} have one image_id, {number!r}; give each its own"
                 )
 
 
@@ -205,15 +256,26 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def _read_columns(files: Sequence[Path], split: str | None, root: str | Path, document: Any) -> Columns:
+def _read_columns(files: Sequence[Path], reading: Reading, document: Any) -> Columns:
     """The columns of a CaptionDataset, as dataset fields are named, from the rows of all files."""
-    ids, captions, labels = TextBuilder(), TextBuilder(), TextBuilder()
+    ids, captions, labels, left_out = TextBuilder(), TextBuilder(), TextBuilder(), TextBuilder()
     digests, captions_of_row, is_list_row, first_rows = bytearray(), array("q"), bytearray(), [0]
-    respelled_rows, respelled_digests, root = array("q"), bytearray(), os.path.abspath(root)
-    has_subsets = False
+    respelled_rows, respelled_digests, root = array("q"), bytearray(), reading.root
+    has_subsets = any_left_out = False
     for file in files:
-        for image_id, caption, label in _rows(file, split, root, document):
-            captions_here = _checked(caption if isinstance(caption, list) else [caption], image_id, file)
+        for image_id, caption, label in _rows(file, reading, document):
+            given = caption if isinstance(caption, list) else [caption]
+            try:
+                captions_here = _checked(given, image_id, file)
+            except UserError:
+                if not reading.lenient:
+                    raise
+                captions_here, wrong = _usable(given, image_id, file)
+                any_left_out = True
+                for line in wrong:
+                    left_out.append(line)
+                if not captions_here:
+                    continue
             for text in captions_here:
                 captions.append(text)
             ids.append(image_id)
@@ -227,7 +289,8 @@ def _read_columns(files: Sequence[Path], split: str | None, root: str | Path, do
             is_list_row.append(isinstance(caption, list))
         first_rows.append(len(captions_of_row))
         if first_rows[-1] == first_rows[-2]:
-            raise UserError(f"{file}: lists no images; pass an annotation file of a data set")
+            without = " with captions" if any_left_out else ""
+            raise UserError(f"{file}: lists no images{without}; pass an annotation file of a data set")
     digest_of_row = np.frombuffer(digests, np.uint64).reshape(-1, 2)
     image_of_row = _number_by_first(digest_of_row)
     if respelled_rows:
@@ -246,6 +309,8 @@ def _read_columns(files: Sequence[Path], split: str | None, root: str | Path, do
     }
     if has_subsets:
         columns["subsets"] = labels.column().take(rows[~again])
+    if any_left_out:
+        columns["left_out"] = left_out.column()
     return columns
 
 
@@ -297,22 +362,53 @@ def _refuse_second_lists(
         )
 
 
-def _rows(file: Path, split: str | None, root: str, document: Any) -> Iterator[Row]:
-    if document is None and is_list(file):
-        return _list_rows(list_elements(file), file)
-    document = read_json(file) if document is None else document
-    if isinstance(document, dict) and isinstance(document.get("images"), list):
-        return _karpathy_rows(document["images"], split, file, root)
-    raise UserError(f'{file}: expected {{"images": [...]}} (Karpathy) or a list of images with captions')
+def _rows(file: Path, reading: Reading, document: Any) -> Iterator[Row]:
+    if document is None:
+        annotations = open_annotations(file, reading.columns, Path(reading.root))
+        if annotations.layout != "karpathy":
+            yield from _rows_of(annotations, reading)
+            return
+        document = read_json(file)
+    if reading.val_share:
+        raise UserError(f"{file}: says itself which split an image is of; leave val_share out")
+    yield from _karpathy_rows(document["images"], reading.split, file, reading.root)
+
+
+def _rows_of(annotations: Annotations, reading: Reading) -> Iterator[Row]:
+    """The rows of the wanted split."""
+    if not annotations.has_splits:
+        if reading.val_share and reading.split not in (None, "train", "val"):
+            raise UserError(f"{annotations.file}: no split {reading.split!r}; val_share makes train and val of it")
+        yield from (record[:3] for record in annotations.records() if reading.wants(record))
+        return
+    if reading.val_share:
+        raise UserError(f"{annotations.file}: says itself which split an image is of; leave val_share out")
+    found: Counter[str] = Counter()
+    for record in annotations.records():
+        found[str(record.split)] += 1
+        if reading.split is None or record.split in _split_names(reading.split):
+            yield record[:3]
+    _refuse_absent_split(annotations.file, reading.split, found, "rows")
+
+
+def _split_names(split: str | None) -> tuple[str | None, ...]:
+    """What files call a split: COCO's `restval` counts as `train`, and Hugging Face says `validation`."""
+    return {"train": ("train", "restval"), "val": ("val", "validation", "dev")}.get(split or "", (split,))
+
+
+def _refuse_absent_split(file: Path, split: str | None, found: Counter[str], what: str) -> None:
+    if split is not None and found and not any(found[str(name)] for name in _split_names(split)):
+        there = ", ".join(f"{name} ({count} {what})" for name, count in sorted(found.items()))
+        raise UserError(f"{file}: no split {split!r}; there are {there}")
 
 
 def _karpathy_rows(images: list[Any], split: str | None, file: Path, root: str) -> Iterator[Row]:
-    names = ("train", "restval") if split == "train" else (split,)
+    names = _split_names(split)
     found: Counter[str] = Counter()
     for number, image in enumerate(images):
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str):
             raise UserError(f'{file}: images[{number}] has no "filename"; expected Karpathy\'s layout')
-        _check_names(image, ("filename", "filepath", "split", "subset"), f"{file}: images[{number}]")
+        check_names(image, ("filename", "filepath", "split", "subset"), f"{file}: images[{number}]")
     ids = [_image_id(image) for image in images]
     _refuse_repeated_numbers(images, ids, file, root)
     for image, image_id in zip(images, ids, strict=True):
@@ -324,9 +420,7 @@ def _karpathy_rows(images: list[Any], split: str | None, file: Path, root: str) 
             raise UserError(f"{file}: sentences of image {image_id!r} are {sentences!r}; expected a list")
         captions = [s.get("raw") if isinstance(s, dict) else s for s in sentences]
         yield image_id, captions, image.get("subset")
-    if split is not None and found and not any(found[name] for name in names if name):
-        there = ", ".join(f"{name} ({count} images)" for name, count in sorted(found.items()))
-        raise UserError(f"{file}: no split {split!r}; there are {there}")
+    _refuse_absent_split(file, split, found, "images")
 
 
 def _refuse_repeated_numbers(images: list[dict[str, Any]], ids: list[str], file: Path, root: str) -> None:
@@ -362,28 +456,6 @@ def _refuse_repeated_numbers(images: list[dict[str, Any]], ids: list[str], file:
             image_of_sentence[number] = image_id
 
 
-_UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Control characters, ends of lines and halves of surrogate pairs."""
-
-
-def _check_names(record: dict[str, Any], fields: Sequence[str], where: str) -> None:
-    """Raise UserError unless each of these fields that is present is text of one line."""
-    for field in fields:
-        value = record.get(field)
-        if value is None or (isinstance(value, str) and (value.isprintable() or not _UNFIT_FOR_NAMES.search(value))):
-            continue
-        raise UserError(f'{where}: "{field}" is {value!r}; expected text of one line')
-
-
-def _list_rows(rows: Iterable[Any], file: Path) -> Iterator[Row]:
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("image"), str) or "caption" not in row:
-            raise UserError(f'{file}: row {number} lacks "image" or "caption"; expected the layout of BLIP or ALBEF')
-        if not row["image"].isprintable() or "subset" in row:
-            _check_names(row, ("image", "subset"), f"{file}: row {number}")
-        yield row["image"], row["caption"], row.get("subset")
-
-
 def _checked(captions: list[Any], image_id: str, file: Path) -> list[str]:
     if not captions:
         raise UserError(f"{file}: image {image_id!r} has no captions; give it one or remove it")
@@ -397,3 +469,14 @@ def _checked(captions: list[Any], image_id: str, file: Path) -> list[str]:
         if not caption.strip():
             raise UserError(f"{file}: image {image_id!r} has an empty caption; remove it")
     return captions
+
+
+def _usable(captions: list[Any], image_id: str, file: Path) -> tuple[list[str], list[str]]:
+    """Those of an image's captions that have text, and a line for each that has none, or for the image without any."""
+    usable, wrong = [], []
+    for caption in captions or [None]:
+        try:
+            usable += _checked([] if caption is None and not captions else [caption], image_id, file)
+        except UserError as error:
+            wrong.append(str(error))
+    return usable, wrong

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from models.errors import UserError
 
-_VERSION = 3
+_VERSION = 4
 """Of the cached columns' layout and content: raise it when either changes, and old caches are built again."""
 _CHUNK = 1 << 14
 """Strings that are Python objects at a time, while a column is built or read through."""

@@ -28,19 +28,19 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 def read_json(file: Path) -> Any:
     """A whole document. Raises UserError naming the file: missing, not readable, no JSON."""
-    with _opened(file) as stream:
+    with opened(file) as stream:
         return json.load(stream)
 
 
 def is_list(file: Path) -> bool:
     """Whether a document is a list, by its first character. Raises UserError if the file cannot be read."""
-    with _opened(file) as stream:
+    with opened(file) as stream:
         return _Text(stream).peek() == "["
 
 
 def list_elements(file: Path) -> Iterator[Any]:
     """The elements of a document that is a list. Raises UserError naming the file where it is no JSON."""
-    with _opened(file) as stream:
+    with opened(file) as stream:
         text, number = _Text(stream), 0
         text.expect("[")
         while text.peek() != "]" or number:
@@ -54,15 +54,21 @@ def list_elements(file: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[TextIO]:
+def opened(file: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A text file as UTF-8. Raises UserError naming it: missing, not readable, or JSON in it that is none."""
     try:
-        with file.open(encoding="utf-8-sig") as stream:  # editors of Windows write a byte order mark, also into UTF-8
+        # Editors of Windows write a byte order mark, also into UTF-8.
+        with file.open(encoding="utf-8-sig", newline=newline) as stream:
             yield stream
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; pass the annotation file of the data set") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); pass an annotation file") from error
-    except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error}); truncated or not an annotation file") from error
+    except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); truncated or not an annotation file") from error
     except RecursionError:
         raise UserError(f"{file}: brackets are nested too deeply to be read; not an annotation file") from None

@@ -17,6 +17,7 @@ from models.errors import UserError
 from models.vision.images import may_be_image
 
 from .caption_datasets import CaptionDataset, load_annotations
+from .coco import coco_file
 
 SPLITS = ("train", "val", "test")
 ANNOTATION_FOLDERS = ("", "annotations", "annotation", "caption_datasets")
@@ -58,7 +59,7 @@ class NamedDataset:
         """The folder that image paths are relative to: the one that holds most of the first 100 images."""
         first = dataset.image_ids[:100]
         folders = [Path(root) / folder for folder in self.image_folders]
-        return max(folders, key=lambda folder: sum(may_be_image(folder / image_id) for image_id in first))
+        return max(folders, key=lambda folder: sum(may_be_image(coco_file(folder / image_id)) for image_id in first))
 
     def load(self, root: str | Path, split: str, check_images: bool = True, document: Any = None) -> CaptionDataset:
         """One split, `train`, `val` or `test`, of the published size. document: as load_annotations() takes it.
@@ -118,7 +119,10 @@ NAMED_DATASETS = {
             ("or coco_karpathy_train.json, coco_karpathy_val.json, coco_karpathy_test.json (BLIP's lists)", _BLIP),
         ),
         image_sources=(
-            ("train2014.zip and val2014.zip (2014 train and val images)", "https://cocodataset.org/#download"),
+            (
+                "train2014.zip and val2014.zip, or train2017.zip and val2017.zip (the same pictures)",
+                "https://cocodataset.org/#download",
+            ),
         ),
     ),
 }

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 from PIL import Image
@@ -36,7 +36,7 @@ from models.vision.images import ImageError, open_image
 from .caption_datasets import CaptionDataset, is_unicode
 from .columns import Columns, TextBuilder, TextColumn, cached_columns, numbers, open_columns, texts
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 SHARDS_AT_A_TIME = 4
 """Shards whose samples are mixed: 40,000 images at img2dataset's 10,000 a shard."""
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
@@ -103,8 +103,8 @@ def load_shards(
     """The samples of all shards that the patterns name, relative to `root`: braces ({00000..00999}, {a,b}) and globs.
 
     Their index is built by `num_workers` processes where `cache` does not have it, and memory-mapped. Raises UserError
-    naming the file and what is wrong with it: a shard missing, named twice, cut short or no tar; a sample without image
-    or caption, or with a member twice."""
+    naming the file and what is wrong with it: a shard missing, named twice, cut short or no tar; a sample without
+    image, or with a member twice. Samples without a caption are left out, and listed in `left_out`."""
     files = find_shards([patterns] if isinstance(patterns, str) else patterns, Path(root))
     folder, _ = cached_columns(Path(cache), "shards", files, lambda: _index_shards(files, num_workers))
     return _open(folder, Path(root))
@@ -124,6 +124,7 @@ def _open(folder: Path, root: Path) -> ShardDataset:
         image_shard=numbers(columns, "image_shard"),
         image_start=numbers(columns, "image_start"),
         image_bytes=numbers(columns, "image_bytes"),
+        left_out=texts(columns, "left_out") if "left_out" in columns else (),
     )
 
 
@@ -157,6 +158,8 @@ def _expand_braces(pattern: str) -> list[str]:
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if numbers:
         first, last = map(int, numbers.groups())
+        if last < first:
+            raise UserError(f"{pattern}: {braces[0]} counts down; write the smaller number first")
         choices = [str(n).zfill(len(numbers[1])) for n in range(first, last + 1)]
     head, tail = pattern[: braces.start()], pattern[braces.end() :]
     return [name for choice in choices for name in _expand_braces(head + choice + tail)]
@@ -169,17 +172,19 @@ def _index_shards(files: list[Path], num_workers: int) -> Columns:
     with _workers(num_workers) as map_shards:
         parts = list(tqdm(map_shards(_index_shard, files), total=len(files), desc="index shards", unit="shard"))
     ids = TextBuilder()
-    for path, (members, _, _, _) in zip(paths, parts, strict=True):
-        for member in members:
+    for path, part in zip(paths, parts, strict=True):
+        for member in part.members:
             ids.append(f"{Path(os.path.relpath(path, above)).as_posix()}/{member}")
-    return {
+    columns: Columns = {
         "image_ids": ids.column(),
-        "captions": TextColumn.cat([captions for _, captions, _, _ in parts]),
+        "captions": TextColumn.cat([part.captions for part in parts]),
         "shards": TextColumn.of(paths),
-        "image_shard": np.repeat(np.arange(len(files), dtype=np.int32), [len(members) for members, _, _, _ in parts]),
-        "image_start": np.concatenate([starts for _, _, starts, _ in parts]),
-        "image_bytes": np.concatenate([sizes for _, _, _, sizes in parts]),
+        "image_shard": np.repeat(np.arange(len(files), dtype=np.int32), [len(part.members) for part in parts]),
+        "image_start": np.concatenate([part.starts for part in parts]),
+        "image_bytes": np.concatenate([part.sizes for part in parts]),
     }
+    left_out = [line for part in parts for line in part.left_out]
+    return columns | ({"left_out": TextColumn.of(left_out)} if left_out else {})
 
 
 @contextmanager
@@ -192,25 +197,50 @@ def _workers(count: int) -> Iterator:
         yield pool.imap
 
 
-def _index_shard(file: Path) -> tuple[TextColumn, TextColumn, np.ndarray, np.ndarray]:
-    """Member names and captions of a shard's images, their first bytes and sizes, in the order of the shard."""
+class _ShardIndex(NamedTuple):
+    """Of a shard's n images, in its order: member names, captions, first bytes and sizes [n]; and what has none."""
+
+    members: TextColumn
+    captions: TextColumn
+    starts: np.ndarray
+    sizes: np.ndarray
+    left_out: list[str]
+    """A line for each sample without a caption."""
+
+
+def _index_shard(file: Path) -> _ShardIndex:
     samples = _samples(file)
     if not samples:
         raise UserError(f"{file}: holds no samples; remove this shard")
-    names, captions, extents = TextBuilder(), TextBuilder(), []
+    names, captions, extents, left_out = TextBuilder(), TextBuilder(), [], []
     with file.open("rb") as content:
         for key, members in samples.items():
             images = [members[extension] for extension in IMAGE_EXTENSIONS if extension in members]
             if len(images) != 1:
-                raise UserError(
-                    f"{file}: sample {key!r} has {len(images)} images ({', '.join(IMAGE_EXTENSIONS)}) instead of one; "
-                    "write the shard again, or remove the sample"
-                )
-            captions.append(_caption(content, members, key, file))
+                raise UserError(_not_one_image(file, key, members, len(images)))
+            caption = _caption(content, members, file)
+            if caption is None:
+                left_out.append(f'{file}: sample {key!r} has no caption (.txt, or "caption" in .json)')
+                continue
+            if not is_unicode(caption):
+                left_out.append(f"{file}: sample {key!r} has the caption {caption!r}, with half a surrogate pair")
+                continue
+            captions.append(caption)
             names.append(images[0].name)
             extents.append((images[0].offset_data, images[0].size))
+    if not extents:
+        raise UserError(f"{left_out[0]}, nor has any other of its {len(left_out)} samples; remove this shard")
     starts, sizes = np.array(extents, np.int64).T
-    return names.column(), captions.column(), starts, sizes
+    return _ShardIndex(names.column(), captions.column(), starts, sizes, left_out)
+
+
+def _not_one_image(file: Path, key: str, members: dict[str, tarfile.TarInfo], found: int) -> str:
+    there = ", ".join(f".{extension}" for extension in members)
+    dots = "; a sample's name must hold no dots" if any("." in extension for extension in members) else ""
+    return (
+        f"{file}: sample {key!r} has {there}: {found} images ({', '.join(IMAGE_EXTENSIONS)}) instead of one{dots}; "
+        "write the shard again, or remove the sample"
+    )
 
 
 def _samples(file: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
@@ -235,25 +265,19 @@ def _samples(file: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
     return samples
 
 
-def _caption(content: io.BufferedReader, members: dict[str, tarfile.TarInfo], key: str, file: Path) -> str:
-    """The sample's .txt, else the "caption" of its .json."""
-    member = members.get("txt") or members.get("json")
-    caption = None
-    if member is not None:
+def _caption(content: io.BufferedReader, members: dict[str, tarfile.TarInfo], file: Path) -> str | None:
+    """The sample's .txt, else the "caption" of its .json; None where neither says anything."""
+    for extension in ("txt", "json"):
+        if extension not in members:
+            continue
+        member = members[extension]
         content.seek(member.offset_data)
         raw = content.read(member.size)
         try:
             # Without the byte order mark that some editors put before UTF-8; json.loads drops it itself.
-            caption = raw.decode("utf-8-sig") if "txt" in members else json.loads(raw).get("caption")
+            caption = raw.decode("utf-8-sig") if extension == "txt" else json.loads(raw).get("caption")
         except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}: member {member.name!r} cannot be read ({error}); write the shard again") from None
-    if not isinstance(caption, str) or not caption.strip():
-        raise UserError(
-            f'{file}: sample {key!r} has no caption (.txt, or "caption" in .json); write the shard again without it'
-        )
-    if not is_unicode(caption):
-        raise UserError(
-            f"{file}: sample {key!r} has the caption {caption!r}, with half a surrogate pair; write the shard again "
-            "with captions in UTF-8"
-        )
-    return caption
+        if isinstance(caption, str) and caption.strip():
+            return caption
+    return None

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from data.caption_datasets import CaptionDataset, check_evaluation_list, load_annotations
-from data.json_documents import is_list
+from data.annotation_files import USUAL_NAMES, ColumnNames, add_column_options, column_names, open_annotations
+from data.caption_datasets import CaptionDataset, check_evaluation_rows, load_annotations
 from data.named_datasets import NAMED_DATASETS
 from evaluation.eccv import DEPTH, CocoIds, may_be_coco_test, read_coco_ids, with_extended_figures
 from evaluation.figures import EvaluationRecord
@@ -61,6 +61,8 @@ class Source:
     root: Path
     store: str = ""
     caption_store: str = ""
+    columns: ColumnNames = USUAL_NAMES
+    val_share: float = 0.0
 
     @property
     def label(self) -> str:
@@ -76,10 +78,23 @@ class Source:
         if self.annotations is None:
             dataset = NAMED_DATASETS[self.name].load(self.root, split, check_images=not self.store)
         else:
-            dataset = load_annotations(self.annotations, self.root, split, check_images=not self.store)
-        if is_list(self.file(split)):
-            check_evaluation_list(self.file(split))
+            dataset = load_annotations(
+                self.annotations,
+                self.root,
+                split,
+                check_images=not self.store,
+                columns=self.columns,
+                val_share=self.val_share,
+            )
+        if open_annotations(self.file(split), self.columns, self.root).layout != "karpathy":
+            check_evaluation_rows(self.file(split), self.columns, self.root)
         return dataset
+
+    def is_one_split(self) -> bool:
+        """Whether nothing divides its file into splits."""
+        if self.annotations is None or self.val_share:
+            return False
+        return not open_annotations(self.annotations, self.columns, self.root).has_splits
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -88,7 +103,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--checkpoint", required=True, help="directory, run (its latest checkpoint), or OWNER/NAME on the Hub"
     )
     parser.add_argument("--revision", help="branch, tag or commit, of a checkpoint on the Hub")
-    parser.add_argument("--dataset", help="flickr30k, coco, or an annotation file; default: the run's own data")
+    parser.add_argument(
+        "--dataset", help="flickr30k, coco, an annotation file or a folder (docs/data.md); default: the run's own data"
+    )
+    add_column_options(parser)
     parser.add_argument("--data-root", help="folder that the annotations' image paths start from")
     parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
     parser.add_argument("--k", type=int, default=10, help="candidates reranked per query (default: 10)")
@@ -245,11 +263,18 @@ def find_source(arguments: argparse.Namespace, checkpoint: Path) -> Source:
     elif arguments.dataset in NAMED_DATASETS:
         source = Source(arguments.dataset, None, Path(arguments.data_root))
     else:
-        source = Source(arguments.dataset, Path(arguments.dataset), Path(arguments.data_root))
-    if arguments.lambda_split and source.annotations and is_list(source.annotations):
+        columns = column_names(arguments)
+        source = Source(
+            arguments.dataset,
+            Path(arguments.dataset),
+            Path(arguments.data_root),
+            columns=columns,
+            val_share=arguments.val_share,
+        )
+    if arguments.lambda_split and source.is_one_split():
         raise UserError(
-            f"{source.annotations}: a list is one split, so --lambda-split would choose on what is evaluated; "
-            "pass a named data set or a file of several splits"
+            f"{source.annotations}: is one split, so --lambda-split would choose on what is evaluated; "
+            "pass a named data set or a file of several splits, or divide this one by --val-share"
         )
     return replace(
         source,
@@ -263,12 +288,17 @@ def _source_of_run(run: Path, data_root: str | None) -> Source:
     root = data_root or data.get("root")
     if not root or not data.get("annotations"):
         raise UserError(f"{run / CONFIG_FILE}: names no data; pass --dataset and --data-root")
-    if isinstance(data["annotations"], list) or is_list(Path(root) / data["annotations"]):
+    of_several = isinstance(data["annotations"], list)
+    annotations = Path(root) / ("" if of_several else data["annotations"])
+    columns = ColumnNames(*(data.get(f"{name}_column") or "" for name in ("image", "caption", "split")))
+    stores = data.get("store") or "", data.get("caption_store") or ""
+    source = Source(str(annotations), annotations, Path(root), *stores, columns, data.get("val_share") or 0.0)
+    if of_several or source.is_one_split():
         raise UserError(
-            f"{run / CONFIG_FILE}: the run read lists, which are what it was trained on; pass --dataset and --data-root"
+            f"{run / CONFIG_FILE}: the run's annotations are one split, what it was trained on; pass --dataset and "
+            "--data-root"
         )
-    annotations = Path(root) / data["annotations"]
-    return Source(str(annotations), annotations, Path(root), data.get("store") or "", data.get("caption_store") or "")
+    return source
 
 
 def find_coco_ids(

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
+from data.annotation_files import ANNOTATION_SUFFIXES, USUAL_NAMES, ColumnNames, add_column_options, column_names
 from data.caption_datasets import CaptionDataset, load_annotations
 from data.webdataset_shards import load_shards
 from models.config import BackboneConfig
@@ -83,7 +84,7 @@ def read_items(args: argparse.Namespace, distributed: DistributedContext) -> Ite
     if args.images is not None:
         if args.index is not None:
             raise UserError(f"--index {args.index}: only shards have an index; pass --shards, or drop --index")
-        return read_image_files(args.images, args.root, args.split)
+        return read_image_files(args)
     if args.split is not None:
         raise UserError(f"--split {args.split}: shards have no splits; name only the shards of the split")
     index = args.index or args.out.with_name(f"{args.out.name}.index")
@@ -92,20 +93,29 @@ def read_items(args: argparse.Namespace, distributed: DistributedContext) -> Ite
     return Items(DecodedImages(dataset), list(dataset.image_ids), list(dataset.captions))
 
 
-def read_image_files(images: Path, root: Path | None, split: str | None) -> Items:
-    """Images of a folder, of an annotation file (.json), or of a text file with one path per line.
+def read_image_files(args: argparse.Namespace) -> Items:
+    """Images of a folder, of annotations of any layout, or of a text file with one path per line.
 
-    `root`: the folder that the file's paths are relative to, by default the file's own."""
-    if images.suffix == ".json":
-        dataset = load_annotations(images, root or images.parent, split)
+    --root: the folder that a file's paths are relative to, by default the file's own."""
+    images, split = args.images, args.split
+    columns = column_names(args)
+    root = args.root or (images if images.is_dir() else images.parent)
+    if _is_annotations(args, columns):
+        dataset = load_annotations(images, root, split, columns=columns, val_share=args.val_share, lenient=True)
+        for line in dataset.left_out:
+            print(f"left out: {line}", file=sys.stderr)
         return Items([dataset.path(i) for i in range(len(dataset))], list(dataset.image_ids), list(dataset.captions))
-    if images.is_dir():
-        ids, root = find_images(images), images
-    else:
-        ids, root = _read_lines(images), root or images.parent
     if split is not None:
-        raise UserError(f"--split {split}: {images} has no splits; pass an annotation file (.json), or drop --split")
+        raise UserError(f"--split {split}: {images} has no splits; pass an annotation file, or drop --split")
+    ids = find_images(images) if images.is_dir() else _read_lines(images)
     return Items([root / item_id for item_id in ids], ids, [])
+
+
+def _is_annotations(args: argparse.Namespace, columns: ColumnNames) -> bool:
+    """Of a folder, whether its captions are asked for; of a file, whether it is more than one path per line."""
+    if args.images.is_dir():
+        return args.captions is not None or args.split is not None
+    return args.images.suffix.lower() in ANNOTATION_SUFFIXES or columns != USUAL_NAMES
 
 
 def _read_lines(file: Path) -> list[str]:
@@ -192,13 +202,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--token-stages", type=int, nargs="+", default=[], help="convolutional towers, e.g. 2 3 4")
     parser.add_argument("--token-grid", type=int, default=0, help="convolutional towers: side of the token grid")
     images = parser.add_mutually_exclusive_group(required=True)
-    images.add_argument("--images", type=Path, help="folder, annotation file (.json) or list of paths")
+    images.add_argument(
+        "--images", type=Path, help="folder, annotations (docs/data.md), or a text file with one path per line"
+    )
     images.add_argument("--shards", nargs="+", metavar="PATTERN", help="WebDataset shards; {00..10}, {a,b}, * expand")
     parser.add_argument("--index", type=Path, metavar="DIR", help="where the shards' index is kept (STORE.index)")
     parser.add_argument(
         "--root", type=Path, help="folder that a file's paths (default: the file's) or shards (.) are relative to"
     )
     parser.add_argument("--split", help="of an annotation file; default: all splits")
+    add_column_options(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="STORE", help="directory of the token store")
     parser.add_argument("--captions", type=Path, metavar="STORE", help="also store the captions' embeddings there")
     parser.add_argument(

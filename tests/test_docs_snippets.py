@@ -47,7 +47,7 @@ DRY = {
     "python scripts/ablate.py *": "trains for hours",
     "python scripts/benchmark.py *": "measures for minutes",
     "python scripts/precompute_tokens.py --backbone-name *": "needs a download",
-    "python scripts/precompute_tokens.py --checkpoint runs/demo *": "needs the demo's run",
+    "python scripts/precompute_tokens.py --checkpoint runs/*": "needs a trained run",
     "python evaluation/evaluate_retrieval.py *": "needs a trained run",
     "python scripts/results_table.py *runs*": "needs a trained run",
     "python scripts/scene_*.py *": "needs the demo's run",

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from data.annotation_files import ColumnNames
 from models.config import AdapterConfig, BackboneConfig, CompressionConfig, EncoderConfig
 from models.config_io import from_dict, to_dict
 from models.errors import UserError, one_line
@@ -56,8 +57,18 @@ class DataConfig:
     root: str = ""
     """Directory that the annotations' image paths are relative to."""
     annotations: str | tuple[str, ...] = ""
-    """Annotation file (Karpathy JSON or a BLIP/ALBEF list), or a list of files that are read as one: an image that two
-    of them name has the captions of both. Relative to `root` unless absolute."""
+    """Annotation file of any layout in docs/data.md (Karpathy's or COCO's JSON, a list, CSV, JSON lines, parquet) or
+    folder of pictures with .txt files, or a list of such that are read as one: an image that two of them name has the
+    captions of both. Relative to `root` unless absolute; `.` is `root` itself."""
+    image_column: str = ""
+    """Column of the image paths where it has an unusual name. Empty: image, filepath, file_name, filename, ..."""
+    caption_column: str = ""
+    """Column of the captions where it has an unusual name. Empty: caption, title, text, comment, ..."""
+    split_column: str = ""
+    """Column that says which split a row is of. Empty: `split`, where there is one."""
+    val_share: float = 0.0
+    """Of annotations that do not say their splits, the share of images that is `val_split`, chosen by a hash of their
+    paths, so that none ever moves; training reads the others. 0: all of them are trained on."""
     val_annotations: str = ""
     """Annotation file of `val_split`. Empty: `annotations`, which must then hold several splits, as Karpathy's do."""
     train_split: str = "train"
@@ -81,6 +92,10 @@ class DataConfig:
     """Share of unreadable images in what was read so far at which a run stops; below it they are skipped and listed."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.val_share < 1:
+            raise UserError(f"data.val_share is {self.val_share}; it must be at least 0 and below 1")
+        if self.val_share and self.val_annotations:
+            raise UserError("data.val_share and data.val_annotations both say what is validated on; set one")
         if bool(self.store) != bool(self.caption_store):
             raise UserError("data.store and data.caption_store go together; set both or neither")
         if self.shards and (self.annotations or self.store):
@@ -88,6 +103,11 @@ class DataConfig:
                 "data.shards stands for data.annotations and is read as images: leave data.annotations, data.store and "
                 "data.caption_store empty (validation reads data.val_annotations)"
             )
+
+    @property
+    def columns(self) -> ColumnNames:
+        """The columns that have unusual names."""
+        return ColumnNames(self.image_column, self.caption_column, self.split_column)
 
     @property
     def annotation_files(self) -> list[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from models.checkpoints.checkpoint import read_latest, write_checkpoint_files, w
 from models.distributed import DistributedContext
 from models.edje import EDJE
 from models.errors import UserError, one_line
-from models.files import atomic_directory, make_directory
+from models.files import atomic_directory, make_directory, write_atomically
 
 from .config import RunConfig, TrainingConfig, save_config
 from .distributed import average_gradients, broadcast_parameters
@@ -177,6 +177,7 @@ def train(
     if distributed.is_main:
         save_config(_as_built(config, run.model), Path(config.output) / "config.yaml")
         run_log.announce(_describe(run, batches, features, objectives))
+        run_log.announce(_list_left_out(batches.plan.dataset.left_out, Path(config.output)))
     reader = StepReader(config, run.model.tokenizer, batches, features, retriever, keys, distributed, run.step)
     steps_per_epoch = len(batches.plan.dataset) / training.batch_size
     with tqdm(
@@ -198,6 +199,15 @@ def train(
                 run.guard.check()
                 run.save()
     run_log.close(list(run.unreadable))
+
+
+def _list_left_out(left_out: Sequence[str], output: Path) -> list[str]:
+    """What is said of annotations that cannot be trained on; all of them are listed in OUTPUT/left_out.txt."""
+    if not left_out:
+        return []
+    file = output / "left_out.txt"
+    write_atomically(file, "".join(f"{line}\n" for line in left_out))
+    return [f"left out, {len(left_out)} listed in {file}; the first: {left_out[0]}"]
 
 
 def _as_built(config: RunConfig, model: EDJE) -> RunConfig:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from data.annotation_files import open_annotations
 from data.batches import BatchPlan, TrainingBatches
 from data.caption_datasets import CaptionDataset, load_annotations, read_field
-from data.json_documents import is_list
 from data.neighbours import CaptionKeys
 from data.webdataset_shards import load_shards
 from models.config import FORMER_ADAPTER_KEYS, EDJEConfig, EncoderConfig, check_backbone
@@ -30,7 +30,7 @@ from models.language.pretrained import read_bert_config
 from models.state_dicts import load_state
 from models.vision.backbones import is_transformers_directory
 
-from .config import NegativesConfig, RunConfig
+from .config import DataConfig, NegativesConfig, RunConfig
 from .features import Embeddings, Features
 from .negatives import negatives_strategy
 
@@ -47,7 +47,15 @@ def load_training_split(config: RunConfig, distributed: DistributedContext) -> C
         with distributed.main_first():
             return load_shards(data.shards, data.root, cache, data.num_workers)
     with distributed.main_first() if data.cache else nullcontext():
-        return load_annotations(data.annotation_files, data.root, data.train_split, cache=data.cache or None)
+        return load_annotations(
+            data.annotation_files,
+            data.root,
+            data.train_split,
+            cache=data.cache or None,
+            columns=data.columns,
+            val_share=data.val_share,
+            lenient=True,
+        )
 
 
 def load_validation_split(config: RunConfig) -> CaptionDataset | None:
@@ -56,14 +64,26 @@ def load_validation_split(config: RunConfig) -> CaptionDataset | None:
     if not data.val_split:
         return None
     if data.val_annotations:
-        return load_annotations(Path(data.root) / data.val_annotations, data.root, data.val_split)
-    lists = [str(file) for file in data.annotation_files if is_list(file)]
-    if lists or not data.annotation_files:
+        return load_annotations(Path(data.root) / data.val_annotations, data.root, data.val_split, columns=data.columns)
+    whole = [] if data.val_share else [str(file) for file in data.annotation_files if _is_one_split(file, data)]
+    if whole or not data.annotation_files:
         raise UserError(
-            f"data.val_split is {data.val_split!r}, but {lists[0] if lists else 'data.shards'} is what is trained on; "
-            "name another file in data.val_annotations, or leave data.val_split empty"
+            f"data.val_split is {data.val_split!r}, but {whole[0] if whole else 'data.shards'} is what is trained on; "
+            "name another file in data.val_annotations, hold out a part by data.val_share=0.05, or leave "
+            "data.val_split empty"
         )
-    return load_annotations(data.annotation_files, data.root, data.val_split)
+    return load_annotations(
+        data.annotation_files,
+        data.root,
+        data.val_split,
+        columns=data.columns,
+        val_share=data.val_share,
+        lenient=bool(data.val_share),  # a part of what is trained on: a bad row of it stops no run
+    )
+
+
+def _is_one_split(file: Path, data: DataConfig) -> bool:
+    return not open_annotations(file, data.columns, Path(data.root)).has_splits
 
 
 def build_model(

@@ -7,7 +7,7 @@ import random
 import pytest
 from PIL import Image
 
-from data.caption_datasets import check_evaluation_list, load_annotations
+from data.caption_datasets import check_evaluation_rows, load_annotations
 from models.errors import UserError
 
 
@@ -80,7 +80,7 @@ def test_a_list_with_a_row_a_caption_equals_one_with_lists(tmp_path):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ("", "not valid JSON"),
+        ("", "captions.json: empty"),
         ('{"images": [{"filen', "not valid JSON"),
         ({"annotations": []}, "expected"),
         ({"images": []}, "lists no images"),
@@ -142,20 +142,20 @@ def test_an_evaluation_list_has_no_row_twice_and_no_number_of_two_images(tmp_pat
     lists = [{"image": "a", "caption": ["x", "x"], "image_id": 0}, {"image": "b", "caption": ["x"], "image_id": 1}]
     for right in (rows, lists):
         file.write_text(json.dumps(right))
-        check_evaluation_list(file)
+        check_evaluation_rows(file)
     for wrong, message in (
         (rows * 2, "test.json: image 'a' has the caption 'x' in two rows"),
         ([row | {"image_id": 7} for row in rows], "test.json: images 'a' and 'b' have one image_id, 7"),
     ):
         file.write_text(json.dumps(wrong))
         with pytest.raises(UserError, match=message):
-            check_evaluation_list(file)
+            check_evaluation_rows(file)
 
 
 def test_a_missing_file_or_a_directory_is_an_error(tmp_path):
     with pytest.raises(UserError, match="absent.json: no such file"):
         load_annotations(tmp_path / "absent.json", tmp_path, "test")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="it holds no images"):
         load_annotations(tmp_path, tmp_path, "test")
 
 

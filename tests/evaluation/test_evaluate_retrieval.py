@@ -237,7 +237,7 @@ def test_lists_are_never_taken_for_a_split_that_they_are_not(run, scenes, annota
     for annotation in (str(tmp_path / "test.json"), ["a.json", "b.json"]):
         data = {"root": str(scenes), "annotations": annotation}
         (from_lists / "config.yaml").write_text(yaml.safe_dump({"data": data}))
-        with pytest.raises(UserError, match="lists, which are what it was trained on; pass --dataset"):
+        with pytest.raises(UserError, match="annotations are one split, what it was trained on; pass --dataset"):
             evaluate("--checkpoint", from_lists)
     arguments = [
         "--checkpoint",
@@ -249,7 +249,7 @@ def test_lists_are_never_taken_for_a_split_that_they_are_not(run, scenes, annota
         "--out",
         tmp_path / "out",
     ]
-    with pytest.raises(UserError, match="test.json: a list is one split, so --lambda-split"):
+    with pytest.raises(UserError, match="test.json: is one split, so --lambda-split"):
         evaluate(*arguments, "--lambda-split", "val")
     evaluate(*arguments)
     assert read(tmp_path / "out")["captions"] == 60

@@ -17,7 +17,7 @@ from models.stores.indexing import precompute, precompute_captions
 from models.stores.token_store import TokenStore
 from models.vision.backbones import Backbone
 from models.vision.images import open_image
-from scripts.precompute_tokens import read_image_files
+from scripts.precompute_tokens import parse_arguments, read_image_files
 from tests.processes import ROOT, run_script
 from tests.shards import sample, write_shards, write_tar
 from tests.tiny_model import CAPTIONS, make_model, write_backbone, write_images
@@ -151,20 +151,24 @@ def test_patch_tokens_and_captions_of_an_annotation_file(files, backbone, tmp_pa
 
 
 def test_images_come_from_a_folder_an_annotation_file_or_a_list(files, tmp_path):
-    folder = read_image_files(files / "images", None, None)
+    def read(images, *options):
+        arguments = ["--checkpoint", "x", "--out", "y", "--images", str(images), *map(str, options)]
+        return read_image_files(parse_arguments(arguments))
+
+    folder = read(files / "images")
     assert folder.ids == paths_and_ids(files, 150)[1] and all(path.is_file() for path in folder.images)
-    assert read_image_files(files / "annotations.json", files / "images", None).ids == folder.ids[:12]
-    assert read_image_files(files / "annotations.json", files / "images", "val").ids == folder.ids[1:12:3]
-    assert read_image_files(files / "list.txt", files / "images", None).ids == folder.ids[:5]
+    assert read(files / "annotations.json", "--root", files / "images").ids == folder.ids[:12]
+    assert read(files / "annotations.json", "--root", files / "images", "--split", "val").ids == folder.ids[1:12:3]
+    assert read(files / "list.txt", "--root", files / "images").ids == folder.ids[:5]
     for images, split, message in [
         (files / "nothing.txt", None, "nothing.txt: cannot be read as a list of images"),
-        (files / "vocab", None, "cannot be read"),
         (files / "nothing.json", None, "no such file"),
-        (files / "images", "test", "has no splits"),
+        (files / "images", "test", "no image in it has a .txt"),
+        (files / "list.txt", "test", "list.txt has no splits"),
         (tmp_path, None, "it holds no images"),
     ]:
         with pytest.raises(UserError, match=message):
-            read_image_files(images, None, split)
+            read(images, *(["--split", split] if split else []))
 
 
 def test_images_of_shards_are_stored_as_files_would_be(files, tmp_path):
