@@ -25,7 +25,7 @@ from .scores import fuse, paired_cosines
 from .stores.indexing import read_images
 from .stores.token_store import TokenStore
 from .vision.backbones import Backbone
-from .vision.images import ImageError, ImageSource
+from .vision.images import ImageError, ImageSource, is_url, may_be_image
 
 IMAGES_PER_BATCH = 32
 
@@ -138,6 +138,9 @@ class PairScorer:
         texts = {i: image for i, image in enumerate(images) if isinstance(image, str)}
         ids = {} if store is None else {i: text for i, text in texts.items() if text in store}
         others = [i for i in range(len(images)) if i not in ids]
+        for text in (text for i, text in texts.items() if store is not None and i not in ids):
+            if not (may_be_image(text) or is_url(text) or os.path.isdir(text)):
+                raise ImageError(f"{text}: neither an id of {store.path} nor an image file; check the id, or the path")
         tokens = torch.empty(len(images), config.num_vision_tokens, config.encoder.hidden_size, device=device)
         embeddings = torch.empty(len(images), config.dims.embedding_width, device=device)
         if store is not None and ids:
@@ -149,7 +152,7 @@ class PairScorer:
         with tqdm(total=len(others), desc="encode", unit="image", disable=not (scoring.progress and others)) as bar:
             for batch, (pixels, unreadable) in zip(batches, read, strict=True):
                 if unreadable:
-                    raise ImageError(unreadable[0] if store is None else f"{unreadable[0]} (nor an id of {store.path})")
+                    raise ImageError(unreadable[0])
                 features = self.backbone.encode_images(pixels)
                 tokens[batch] = self.model.compress(features.patch_tokens).float()
                 embeddings[batch] = features.embedding

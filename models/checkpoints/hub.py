@@ -47,9 +47,10 @@ def locate_checkpoint(name: str | Path, revision: str | None = None) -> Path:
         if revision is not None and Path(name).exists():
             raise UserError(f"{name}: a directory, which has no revision {revision!r}; leave revision out")
         return cached_conversion(Path(name)) if _may_be_published(Path(name)) else resolve_checkpoint(name)
+    files = _files_of(str(name), revision)
+    if CONFIG_FILE not in files and any(file.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) for file in files):
+        return cached_conversion(_fetch_published(str(name), revision, files), PUBLISHED_REPOSITORIES.get(str(name)))
     directory = _fetch(str(name), revision, [*CHECKPOINT_FILES, CARD_FILE])
-    if not (directory / CONFIG_FILE).is_file():
-        return cached_conversion(*_fetch_published(str(name), revision))
     missing = [file for file in CHECKPOINT_FILES if not (directory / file).is_file()]
     if missing:
         raise UserError(
@@ -80,25 +81,24 @@ def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
         ) from None
 
 
-def _fetch_published(name: str, revision: str | None) -> tuple[Path, dict[str, str] | None]:
-    """The published weights of a repository in the local cache, and the models that it is known to be made with."""
+def _files_of(name: str, revision: str | None) -> list[str]:
+    """Names of a repository's files; where the hub cannot be reached, of those that were fetched before."""
     from huggingface_hub import HfApi
 
-    beside = [CONFIG_JSON, VOCABULARY_FILE]
     try:
-        names = HfApi().list_repo_files(name, revision=revision)
-    except Exception:  # noqa: BLE001 - offline: whatever was fetched before
-        names = [file.name for file in _fetch(name, revision, beside).iterdir()]
-    if not any(file.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) for file in names):
-        raise UserError(
-            f"{name}: the repository{_at(revision)} on the model hub has no {CONFIG_FILE}, nor any weights; a "
-            f"checkpoint has {', '.join(CHECKPOINT_FILES)}"
-        )
-    weights = choose_weight_file(names, name)
+        return HfApi().list_repo_files(name, revision=revision)
+    except Exception:  # noqa: BLE001 - no hub, no repository: the fetch tells which, or finds the files in the cache
+        return [file.name for file in _fetch(name, revision, [*CHECKPOINT_FILES, CARD_FILE]).iterdir()]
+
+
+def _fetch_published(name: str, revision: str | None, files: Sequence[str]) -> Path:
+    """The published weights among a repository's files (or the index of their shards), in the local cache."""
+    beside = [CONFIG_JSON, VOCABULARY_FILE]
+    weights = choose_weight_file(files, name)
     directory = _fetch(name, revision, [weights, *beside])
     if weights.endswith(INDEX_SUFFIX):
         directory = _fetch(name, revision, [weights, *beside, *shard_names(directory / weights)])
-    return directory / weights, PUBLISHED_REPOSITORIES.get(name)
+    return directory / weights
 
 
 def upload_checkpoint(

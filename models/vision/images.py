@@ -39,6 +39,11 @@ def may_be_image(path: str | Path) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_size > 0
 
 
+def is_url(name: str) -> bool:
+    """Whether a text names something on a network and not a file."""
+    return _URL.match(name) is not None
+
+
 def open_image(source: ImageSource) -> Image.Image:
     """Read an image completely and return it in mode RGB.
 
@@ -86,7 +91,7 @@ def _name(source: object) -> str:
 
 
 def _why_absent(name: str) -> str:
-    if _URL.match(name):
+    if is_url(name):
         return "a URL, and images are read from disk; download it, then pass its path or its bytes"
     return "no such image file; check the data root and the file name"
 

@@ -166,7 +166,7 @@ def test_each_mistake_is_told_in_one_line(world):
     for expected, call in {
         "no column 'id', only file, number, seen, jpeg, vector, _distance": lambda: rerank(plug("id")),
         "'vector' is a list in row 0": lambda: rerank(plug("vector")),
-        "no such image file.*nor an id of": lambda: rerank(plug("seen")),
+        "neither an id of .* nor an image file": lambda: rerank(plug("seen")),
         "without text; pass its words": lambda: plug().rerank_multivector([world.search().to_arrow()], None),
         "a BooleanQuery; pass its words": lambda: boolean.rerank(plug()).to_arrow(),
         "distance_type is 'hamming'; expected one of 'cosine', 'l2', 'dot'": lambda: plug(distance_type="hamming"),

@@ -154,7 +154,7 @@ def test_bad_input_is_one_clear_error(files, reranker, tmp_path):
         (lambda: reranker.rank("  ", [image]), "query is empty"),
         (lambda: reranker.predict([(None, image)]), "caption of pairs.0. is a NoneType; expected text"),
         (lambda: reranker.rank("a", [tmp_path / "broken.png"]), "broken.png: image cannot be decoded"),
-        (lambda: reranker.rank("a", ["nowhere.jpg"]), r"nowhere.jpg: no such image file.*nor an id of .*store"),
+        (lambda: reranker.rank("a", ["nowhere.jpg"]), r"nowhere.jpg: neither an id of .*store nor an image file"),
         (lambda: reranker.rank("a", [image], top_k=0), "top_k is 0"),
         (lambda: reranker.index(tmp_path / "nothing", tmp_path / "s2"), "no such folder"),
         (lambda: reranker.index([image, image], tmp_path / "s2"), "given twice"),
@@ -391,6 +391,18 @@ def test_every_form_of_an_image_has_the_score_of_its_file(files, reranker):
     )
     np.testing.assert_allclose(greys, greys[0], rtol=0, atol=1e-5)
     assert abs(greys[0] - scores[0]) > 1e-4
+
+
+def test_a_text_that_is_neither_id_nor_path_says_so_and_others_what_they_are(files, fused, tmp_path):
+    fused.index(files / "images", tmp_path / "store", progress=False)
+    for text, message in (
+        ("x.png", "x.png: neither an id of .*store nor an image file"),
+        ("https://example.org/a.jpg", "a URL, and images are read from disk"),
+        (str(tmp_path), "a folder, not an image"),
+        ("\0.png", "neither an id of .*store nor an image file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fused.rank(CAPTIONS[0], [image_paths(files)[0], text])
 
 
 def test_each_mistake_about_what_is_scored_is_named(files, reranker, tmp_path):
