@@ -2,8 +2,11 @@
 
 Blocks and commands are run by tests/test_docs_snippets.py."""
 
+import contextlib
 import importlib
+import io
 import re
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +41,34 @@ def test_keys_in_the_documentation_are_keys_of_the_configuration():
     keys = {key for key in keys if key.partition(".")[0] in KEYS and not key.endswith(".py")}
     assert len(keys) > 8
     assert keys <= KEYS
+
+
+def options_of(script: Path, *subcommand: str) -> set[str]:
+    """What the help of a command lists; nothing for a script that takes no arguments."""
+    module = importlib.import_module(name_of(script).removesuffix(".py").replace("/", "."))
+    if not hasattr(module, "parse_arguments"):
+        return set()
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
+        module.parse_arguments([*subcommand, "--help"])
+    return set(re.findall(r"(?<![\w-])--[a-z-]+", printed.getvalue().partition("options:")[2]))
+
+
+def test_options_in_the_documentation_are_those_of_a_command():
+    """`--option VALUE` in prose, whichever command it goes with."""
+    scripts = [*ROOT.glob("scripts/*.py"), ROOT / "train.py", ROOT / "evaluation" / "evaluate_retrieval.py"]
+    known = set().union(*map(options_of, scripts))
+    known |= options_of(ROOT / "scripts" / "prepare_data.py", "coco")
+    known |= options_of(ROOT / "scripts" / "prepare_data.py", "emoji")
+    known |= set(re.findall(r"^ *(--[a-z-]+)\)", (ROOT / "scripts" / "demo.sh").read_text(), re.M))
+    named = {
+        (name_of(page), word)
+        for page in PAGES
+        for code in re.findall(r"(?<!`)`(--[^`\n]+)`(?!`)", page.read_text())
+        for word in code.split()
+        if word.startswith("--")
+    }
+    assert len(named) > 10
+    assert {(page, option) for page, option in named if option.partition("=")[0] not in known} == set()
 
 
 def test_files_that_the_readme_names_exist():
