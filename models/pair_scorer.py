@@ -131,16 +131,9 @@ class PairScorer:
 
     def _vision(self, images: list[ImageSource], scoring: Scoring) -> tuple[Tensor, Tensor]:
         """Vision tokens [N, m, H] and embeddings [N, De] float32, of each image from the store or from the backbone."""
-        store = scoring.store
+        store, ids = scoring.store, self._stored_ids(images, scoring.store)
         config, device = self.model.config, self.model.device
-        if store is not None:
-            store.check(backbone=self.backbone.fingerprint, adapter=self._adapter)
-        texts = {i: image for i, image in enumerate(images) if isinstance(image, str)}
-        ids = {} if store is None else {i: text for i, text in texts.items() if text in store}
         others = [i for i in range(len(images)) if i not in ids]
-        for text in (text for i, text in texts.items() if store is not None and i not in ids):
-            if not (may_be_image(text) or is_url(text) or os.path.isdir(text)):
-                raise ImageError(f"{text}: neither an id of {store.path} nor an image file; check the id, or the path")
         tokens = torch.empty(len(images), config.num_vision_tokens, config.encoder.hidden_size, device=device)
         embeddings = torch.empty(len(images), config.dims.embedding_width, device=device)
         if store is not None and ids:
@@ -158,6 +151,23 @@ class PairScorer:
                 embeddings[batch] = features.embedding
                 bar.update(len(batch))
         return tokens, embeddings
+
+    def _stored_ids(self, images: list[ImageSource], store: TokenStore | None) -> dict[int, str]:
+        """Position -> id, of the images that are given by an id of the store.
+
+        Raises UserError where another model made the store, or naming a text that is neither an id nor a path."""
+        if store is None:
+            return {}
+        store.check(backbone=self.backbone.fingerprint, adapter=self._adapter)
+        ids = {}
+        for position, text in enumerate(images):
+            if not isinstance(text, str):
+                continue
+            if text in store:
+                ids[position] = text
+            elif not (may_be_image(text) or is_url(text) or os.path.isdir(text)):
+                raise ImageError(f"{text}: neither an id of {store.path} nor an image file; check the id, or the path")
+        return ids
 
     def after_fork(self) -> None:
         """In a forked process one thread: the parent's team of threads is not there, and OpenMP waits for it."""
