@@ -11,6 +11,7 @@ Layouts beside Karpathy's JSON, which data/caption_datasets.py reads itself:
     table      CSV or TSV with a header, and Flickr30k's results.csv (`image_name| comment_number| comment`)
     token      Flickr30k's results.token: `1000092795.jpg#0<TAB>caption`
     parquet    a column of paths and one of captions
+    dataset    a Hugging Face dataset, saved or by its name on the Hub (huggingface_datasets.py)
     folder     pictures with a .txt of the same name beside each, one caption a line; or a metadata file
 """
 
@@ -20,20 +21,28 @@ import argparse
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from models.errors import UserError, one_line
 from models.stores.indexing import find_images
 
+from .annotation_records import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    SPLIT_COLUMNS,
+    USUAL_NAMES,
+    Annotations,
+    ColumnNames,
+    Record,
+    check_names,
+    find_column,
+    require_columns,
+)
+from .huggingface_datasets import is_dataset, open_dataset
 from .json_documents import list_elements, opened, read_json
 
-IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "image_path", "image_name", "path", "img")
-CAPTION_COLUMNS = ("caption", "captions", "title", "text", "comment", "sentence", "raw")
-SPLIT_COLUMNS = ("split",)
-"""Names of columns that are recognised, the first that a file has."""
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Of a folder in imagefolder's layout."""
 DELIMITERS = ",\t|;"
@@ -46,25 +55,6 @@ _NUMBER_THEN_COMMENT = re.compile(r"\s*\d+\s+(.+)")
 """results.csv has a row that lacks its second bar: `2199200615.jpg| 4   A dog runs across the grass .`"""
 
 
-class Record(NamedTuple):
-    """A row: image path relative to the data root, its caption or list of captions, and what else is known."""
-
-    image: str
-    captions: object
-    subset: str | None = None
-    split: str | None = None
-
-
-@dataclass(frozen=True)
-class ColumnNames:
-    """Names of columns, where a file's are not the usual ones; empty: the first of the usual ones that it has."""
-
-    image: str = ""
-    caption: str = ""
-    split: str = ""
-
-
-USUAL_NAMES = ColumnNames()
 ANNOTATION_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".token", ".parquet")
 """Where a text file may also be a plain list of paths, one of these says that it is annotations."""
 
@@ -85,23 +75,19 @@ def column_names(arguments: argparse.Namespace) -> ColumnNames:
     return ColumnNames(arguments.image_column, arguments.caption_column, arguments.split_column)
 
 
-@dataclass(frozen=True)
-class Annotations:
-    """A file (or folder) of a known layout."""
-
-    file: Path
-    layout: str
-    has_splits: bool
-    """Whether its rows say which split they are of. Else the file is one split."""
-    records: Callable[[], Iterator[Record]]
-    """Its rows, in order. Raises UserError naming file and row where one has no image."""
-
-
-def open_annotations(file: Path, columns: ColumnNames = USUAL_NAMES, root: Path | None = None) -> Annotations:
+def open_annotations(
+    file: Path,
+    columns: ColumnNames = USUAL_NAMES,
+    root: Path | None = None,
+    wanted_splits: Collection[str | None] | None = None,
+) -> Annotations:
     """The layout of a file or folder, and its rows.
 
-    root: the folder that a folder's image paths are to be relative to, by default itself. Raises UserError naming the
+    root: the folder that a folder's image paths are to be relative to, by default itself. wanted_splits: those that the
+    caller will keep (None: all); records of others may then name images less carefully. Raises UserError naming the
     file where it is missing, cannot be read, is of no known layout or lacks a column."""
+    if is_dataset(file):
+        return open_dataset(file, columns, wanted_splits)
     if file.is_dir():
         return _open_folder(file, columns, root or file)
     head = _head(file)
@@ -112,7 +98,7 @@ def open_annotations(file: Path, columns: ColumnNames = USUAL_NAMES, root: Path 
         raise UserError(f"{file}: empty, as a truncated download is; pass an annotation file")
     if text.startswith("["):
         first = next(list_elements(file), None)
-        has_splits = isinstance(first, dict) and _column(first, columns.split, SPLIT_COLUMNS) is not None
+        has_splits = isinstance(first, dict) and find_column(first, columns.split, SPLIT_COLUMNS) is not None
         return Annotations(file, "list", has_splits, lambda: _mapped(list_elements(file), file, columns, _LIST_LAYOUT))
     if text.startswith("{"):
         return _open_objects(file, text, columns)
@@ -142,8 +128,8 @@ def _open_objects(file: Path, text: str, columns: ColumnNames) -> Annotations:
     except ValueError:
         row = None
     if isinstance(row, dict) and not row.keys() & {"images", "annotations"}:
-        has_splits = _column(row, columns.split, SPLIT_COLUMNS) is not None
-        _require(row, columns, file, str(first)[:80])
+        has_splits = find_column(row, columns.split, SPLIT_COLUMNS) is not None
+        require_columns(row, columns, file, str(first)[:80])
         return Annotations(file, "lines", has_splits, lambda: _mapped(_lines(file), file, columns, _LINE_LAYOUT, 1))
     if '"sentences"' in text:  # without reading all of what may be a hundred megabytes
         return Annotations(file, "karpathy", True, lambda: iter(()))
@@ -158,30 +144,6 @@ def _open_objects(file: Path, text: str, columns: ColumnNames) -> Annotations:
     return Annotations(file, "karpathy", True, lambda: iter(()))
 
 
-def _require(row: Iterable[str], columns: ColumnNames, where: Path, shown: str) -> tuple[str, str]:
-    """The names of the columns of image and caption. Raises UserError that lists those that there are."""
-    names = list(row)
-    found = (
-        _column(names, columns.image, IMAGE_COLUMNS),
-        _column(names, columns.caption, CAPTION_COLUMNS),
-    )
-    for kind, name, wanted in zip(("image", "caption"), found, (columns.image, columns.caption), strict=True):
-        if name is None:
-            what = f"no column {wanted!r}" if wanted else f"no column for the {kind}"
-            raise UserError(
-                f"{where}: {what} among {', '.join(map(repr, names))[:200]} (in {shown!r}); "
-                f"name it: data.{kind}_column=NAME, or --{kind}-column NAME"
-            )
-    image, caption = found
-    assert image is not None and caption is not None
-    return image, caption
-
-
-def _column(names: Iterable[str], wanted: str, usual: tuple[str, ...]) -> str | None:
-    there = list(names)
-    return next((name for name in ((wanted,) if wanted else usual) if name in there), None)
-
-
 def _mapped(rows: Iterable[Any], file: Path, columns: ColumnNames, layout: str, first: int = 0) -> Iterator[Record]:
     """Records of objects. The columns are looked up once for all rows of the same keys."""
     keys: Any = None
@@ -191,28 +153,15 @@ def _mapped(rows: Iterable[Any], file: Path, columns: ColumnNames, layout: str, 
         if row.keys() != keys:
             keys = row.keys()
             image, caption = (
-                _column(keys, columns.image, IMAGE_COLUMNS),
-                _column(keys, columns.caption, CAPTION_COLUMNS),
+                find_column(keys, columns.image, IMAGE_COLUMNS),
+                find_column(keys, columns.caption, CAPTION_COLUMNS),
             )
-            split = _column(keys, columns.split, SPLIT_COLUMNS)
+            split = find_column(keys, columns.split, SPLIT_COLUMNS)
         if image is None or caption is None or not isinstance(row[image], str):
             raise UserError(f"{file}: {layout.format(number)}")
         if not row[image].isprintable() or "subset" in row:
             check_names(row, (image, "subset"), f"{file}: row {number}")
         yield Record(row[image], row[caption], row.get("subset"), row[split] if split else None)
-
-
-_UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Control characters, ends of lines and halves of surrogate pairs."""
-
-
-def check_names(record: dict[str, Any], fields: Iterable[str], where: str) -> None:
-    """Raise UserError unless each of these fields that is present is text of one line."""
-    for field in fields:
-        value = record.get(field)
-        if value is None or (isinstance(value, str) and (value.isprintable() or not _UNFIT_FOR_NAMES.search(value))):
-            continue
-        raise UserError(f'{where}: "{field}" is {value!r}; expected text of one line')
 
 
 def _lines(file: Path) -> Iterator[Any]:
@@ -267,8 +216,8 @@ def _open_table(file: Path, text: str, columns: ColumnNames) -> Annotations:
             f"{file}: {header[:60]!r} is no header with several columns, and the file is no JSON or parquet; "
             "pass annotations, docs/data.md shows each layout"
         )
-    image, caption = _require(names, columns, file, header[:80])
-    split = _column(names, columns.split, SPLIT_COLUMNS)
+    image, caption = require_columns(names, columns, file, header[:80])
+    split = find_column(names, columns.split, SPLIT_COLUMNS)
     if columns.split and split is None:
         raise UserError(f"{file}: no column {columns.split!r} among {', '.join(map(repr, names))}")
     positions = names.index(image), names.index(caption), names.index(split) if split else None
@@ -321,8 +270,8 @@ def _open_parquet(file: Path, columns: ColumnNames) -> Annotations:
         schema = pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file}: not readable as parquet ({one_line(error)}); fetch it again") from error
-    image, caption = _require(schema.names, columns, file, "its columns")
-    split = _column(schema.names, columns.split, SPLIT_COLUMNS)
+    image, caption = require_columns(schema.names, columns, file, "its columns")
+    split = find_column(schema.names, columns.split, SPLIT_COLUMNS)
     kind = schema.field(image).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(f"{file}: column {image!r} holds {kind}, not paths; name another with data.image_column")

@@ -31,9 +31,11 @@ from PIL import Image
 from models.errors import UserError
 from models.vision.images import may_be_image, open_image
 
-from .annotation_files import USUAL_NAMES, Annotations, ColumnNames, Record, check_names, open_annotations
+from .annotation_files import open_annotations
+from .annotation_records import USUAL_NAMES, Annotations, ColumnNames, Record, RowImages, check_names
 from .coco import coco_file
 from .columns import Columns, TextBuilder, TextColumn, cached_columns, numbers, open_columns, texts
+from .huggingface_datasets import is_dataset
 from .json_documents import list_elements, read_json
 
 Row = tuple[str, object, str | None]
@@ -58,13 +60,17 @@ class CaptionDataset:
     """The cached columns it was opened from: a spawned process opens them again instead of receiving a copy."""
     left_out: Sequence[str] = ()
     """What the annotations hold that cannot be trained on, one line each: images and captions without text."""
+    row_images: RowImages | None = None
+    """The images, where they lie in the rows of the annotations; None: they are files."""
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.image_ids)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
-        return super().__reduce_ex__(protocol) if self.folder is None else (_open, (self.folder, self.root))
+        if self.folder is None:
+            return super().__reduce_ex__(protocol)
+        return _open, (self.folder, self.root, self.row_images)
 
     def path(self, image: int) -> Path:
         """The file of image number `image`; of a COCO picture also where the folders of 2017 have it."""
@@ -72,7 +78,11 @@ class CaptionDataset:
 
     def open_image(self, image: int) -> Image.Image:
         """Image number `image`, decoded. Raises ImageError naming it if it cannot be."""
-        return open_image(self.path(image))
+        return open_image(self.path(image)) if self.row_images is None else self.row_images.open(self.image_ids[image])
+
+    def has_image(self, image: int) -> bool:
+        """Whether image number `image` is here, as far as a look at the folder tells."""
+        return self.row_images is not None or may_be_image(self.path(image))
 
     def epoch_order(self, stream: np.random.Generator) -> np.ndarray:
         """[N] int32: the images in an order drawn from `stream`."""
@@ -80,7 +90,7 @@ class CaptionDataset:
 
     def check_images(self, file: str | Path) -> None:
         """Raise UserError, naming the first, if image files are missing or empty; `file` lists them."""
-        missing = [i for i in range(len(self)) if not may_be_image(self.path(i))]
+        missing = [i for i in range(len(self)) if not self.has_image(i)]
         if missing:
             raise UserError(
                 f"{self.path(missing[0])}: no such image, or an empty file; {len(missing)} of the {len(self)} images "
@@ -114,6 +124,11 @@ class Reading:
         """Differs between readings that may find other rows in the same files; empty for the usual one."""
         unusual = (self.columns, self.val_share, self.lenient)
         return "" if unusual == (USUAL_NAMES, 0.0, False) else f"-{_digest(repr((self.root, *unusual))).hex()[:8]}"
+
+    @property
+    def splits(self) -> tuple[str | None, ...] | None:
+        """What files call the split; None: all are wanted."""
+        return None if self.split is None else _split_names(self.split)
 
     def wants(self, record: Record) -> bool:
         """Whether a row is of the split, in a file whose rows do not say it."""
@@ -160,18 +175,34 @@ def load_annotations(
     if twice:
         raise UserError(f"{twice[0]}: given twice; name each annotation file once")
     reading = Reading(split, os.path.abspath(root), columns, val_share, lenient)
-    if cache is None or any(path.is_dir() for path in paths):  # a folder's time of change does not tell what is in it
-        dataset = _dataset(_read_columns(paths, reading, document), Path(root))
+    saved = _only_dataset(paths, reading)
+    row_images, held_in = (None, paths) if saved is None else (saved.images, saved.held_in)
+    # A folder's time of change does not tell what is in it.
+    if cache is None or not held_in or any(path.is_dir() for path in held_in):
+        dataset = _dataset(_read_columns(paths, reading, document), Path(root), None, row_images)
     else:
         name = f"captions-{split or 'all'}{reading.label}"
-        folder, held = cached_columns(Path(cache), name, paths, lambda: _read_columns(paths, reading, document))
-        dataset = _dataset(held, Path(root), folder)
+        folder, held = cached_columns(Path(cache), name, held_in, lambda: _read_columns(paths, reading, document))
+        dataset = _dataset(held, Path(root), folder, row_images)
     if check_images:
         dataset.check_images(", ".join(map(str, paths)))
     return dataset
 
 
-def _dataset(columns: Columns, root: Path, folder: Path | None = None) -> CaptionDataset:
+def _only_dataset(files: Sequence[Path], reading: Reading) -> Annotations | None:
+    """The Hugging Face dataset that is read, None where files are."""
+    found = [file for file in files if is_dataset(file)]
+    if found and len(files) > 1:
+        raise UserError(
+            f"{found[0].as_posix()}: a Hugging Face dataset is read alone; name no other annotations, or put "
+            "several into one by datasets.concatenate_datasets"
+        )
+    return open_annotations(found[0], reading.columns, None, reading.splits) if found else None
+
+
+def _dataset(
+    columns: Columns, root: Path, folder: Path | None = None, row_images: RowImages | None = None
+) -> CaptionDataset:
     image_ids = texts(columns, "image_ids")
     subsets = texts(columns, "subsets") if "subsets" in columns else [None] * len(image_ids)
     return CaptionDataset(
@@ -182,11 +213,12 @@ def _dataset(columns: Columns, root: Path, folder: Path | None = None) -> Captio
         [subset or None for subset in subsets],
         folder,
         texts(columns, "left_out") if "left_out" in columns else (),
+        row_images,
     )
 
 
-def _open(folder: Path, root: Path) -> CaptionDataset:
-    return _dataset(open_columns(folder), root, folder)
+def _open(folder: Path, root: Path, row_images: RowImages | None) -> CaptionDataset:
+    return _dataset(open_columns(folder), root, folder, row_images)
 
 
 def read_field(file: str | Path, dataset: CaptionDataset, field: str) -> list[Any]:
@@ -201,10 +233,12 @@ def read_field(file: str | Path, dataset: CaptionDataset, field: str) -> list[An
     return [values.get(image) for image in dataset.image_ids]
 
 
-def check_evaluation_rows(file: Path, columns: ColumnNames = USUAL_NAMES, root: Path | None = None) -> None:
+def check_evaluation_rows(
+    file: Path, columns: ColumnNames = USUAL_NAMES, root: Path | None = None, split: str | None = None
+) -> None:
     """Raise UserError if a file of rows gives an image one caption in two rows, which would count twice, or a list one
     `image_id` to two images. Training files are free to: their rows are many, and their sources may number alike."""
-    annotations = open_annotations(file, columns, root)
+    annotations = open_annotations(file, columns, root, None if split is None else _split_names(split))
     rows: set[tuple[str, str]] = set()
     for record in annotations.records():
         if isinstance(record.captions, str):
@@ -364,7 +398,7 @@ def _refuse_second_lists(
 
 def _rows(file: Path, reading: Reading, document: Any) -> Iterator[Row]:
     if document is None:
-        annotations = open_annotations(file, reading.columns, Path(reading.root))
+        annotations = open_annotations(file, reading.columns, Path(reading.root), reading.splits)
         if annotations.layout != "karpathy":
             yield from _rows_of(annotations, reading)
             return

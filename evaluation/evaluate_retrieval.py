@@ -27,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from data.annotation_files import USUAL_NAMES, ColumnNames, add_column_options, column_names, open_annotations
+from data.annotation_files import add_column_options, column_names, open_annotations
+from data.annotation_records import USUAL_NAMES, ColumnNames
 from data.caption_datasets import CaptionDataset, check_evaluation_rows, load_annotations
+from data.huggingface_datasets import annotation_path, is_dataset
 from data.named_datasets import NAMED_DATASETS
 from evaluation.eccv import DEPTH, CocoIds, may_be_coco_test, read_coco_ids, with_extended_figures
 from evaluation.figures import EvaluationRecord
@@ -67,7 +69,7 @@ class Source:
     @property
     def label(self) -> str:
         """What the folder of its results is called."""
-        return self.annotations.stem if self.annotations else self.name
+        return self.annotations.stem.replace(":", "-") if self.annotations else self.name  # no colon on Windows
 
     def file(self, split: str) -> Path:
         """The annotation file that holds a split."""
@@ -87,7 +89,7 @@ class Source:
                 val_share=self.val_share,
             )
         if open_annotations(self.file(split), self.columns, self.root).layout != "karpathy":
-            check_evaluation_rows(self.file(split), self.columns, self.root)
+            check_evaluation_rows(self.file(split), self.columns, self.root, split)
         return dataset
 
     def is_one_split(self) -> bool:
@@ -258,7 +260,7 @@ def find_source(arguments: argparse.Namespace, checkpoint: Path) -> Source:
     """The data that --dataset names, else the data that the run was configured with."""
     if arguments.dataset is None:
         source = _source_of_run(run_directory(arguments.checkpoint, checkpoint), arguments.data_root)
-    elif arguments.data_root is None:
+    elif arguments.data_root is None and not is_dataset(Path(arguments.dataset)):
         raise UserError(f"--dataset {arguments.dataset} needs --data-root, the folder that its image paths start from")
     elif arguments.dataset in NAMED_DATASETS:
         source = Source(arguments.dataset, None, Path(arguments.data_root))
@@ -267,7 +269,7 @@ def find_source(arguments: argparse.Namespace, checkpoint: Path) -> Source:
         source = Source(
             arguments.dataset,
             Path(arguments.dataset),
-            Path(arguments.data_root),
+            Path(arguments.data_root or "."),
             columns=columns,
             val_share=arguments.val_share,
         )
@@ -289,7 +291,7 @@ def _source_of_run(run: Path, data_root: str | None) -> Source:
     if not root or not data.get("annotations"):
         raise UserError(f"{run / CONFIG_FILE}: names no data; pass --dataset and --data-root")
     of_several = isinstance(data["annotations"], list)
-    annotations = Path(root) / ("" if of_several else data["annotations"])
+    annotations = annotation_path(root, "" if of_several else data["annotations"])
     columns = ColumnNames(*(data.get(f"{name}_column") or "" for name in ("image", "caption", "split")))
     stores = data.get("store") or "", data.get("caption_store") or ""
     source = Source(str(annotations), annotations, Path(root), *stores, columns, data.get("val_share") or 0.0)

@@ -28,8 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
-from data.annotation_files import ANNOTATION_SUFFIXES, USUAL_NAMES, ColumnNames, add_column_options, column_names
+from data.annotation_files import ANNOTATION_SUFFIXES, add_column_options, column_names
+from data.annotation_records import USUAL_NAMES, ColumnNames
 from data.caption_datasets import CaptionDataset, load_annotations
+from data.huggingface_datasets import is_dataset
 from data.webdataset_shards import load_shards
 from models.config import BackboneConfig
 from models.distributed import DistributedContext, process_group
@@ -104,7 +106,9 @@ def read_image_files(args: argparse.Namespace) -> Items:
         dataset = load_annotations(images, root, split, columns=columns, val_share=args.val_share, lenient=True)
         for line in dataset.left_out:
             print(f"left out: {line}", file=sys.stderr)
-        return Items([dataset.path(i) for i in range(len(dataset))], list(dataset.image_ids), list(dataset.captions))
+        in_rows = dataset.row_images is not None
+        files = DecodedImages(dataset) if in_rows else [dataset.path(i) for i in range(len(dataset))]
+        return Items(files, list(dataset.image_ids), list(dataset.captions))
     if split is not None:
         raise UserError(f"--split {split}: {images} has no splits; pass an annotation file, or drop --split")
     ids = find_images(images) if images.is_dir() else _read_lines(images)
@@ -113,6 +117,8 @@ def read_image_files(args: argparse.Namespace) -> Items:
 
 def _is_annotations(args: argparse.Namespace, columns: ColumnNames) -> bool:
     """Of a folder, whether its captions are asked for; of a file, whether it is more than one path per line."""
+    if is_dataset(args.images):
+        return True
     if args.images.is_dir():
         return args.captions is not None or args.split is not None
     return args.images.suffix.lower() in ANNOTATION_SUFFIXES or columns != USUAL_NAMES

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from data.annotation_files import ColumnNames
+from data.annotation_records import ColumnNames
+from data.huggingface_datasets import annotation_path
 from models.config import AdapterConfig, BackboneConfig, CompressionConfig, EncoderConfig
 from models.config_io import from_dict, to_dict
 from models.errors import UserError, one_line
@@ -59,7 +60,8 @@ class DataConfig:
     annotations: str | tuple[str, ...] = ""
     """Annotation file of any layout in docs/data.md (Karpathy's or COCO's JSON, a list, CSV, JSON lines, parquet) or
     folder of pictures with .txt files, or a list of such that are read as one: an image that two of them name has the
-    captions of both. Relative to `root` unless absolute; `.` is `root` itself."""
+    captions of both. Relative to `root` unless absolute; `.` is `root` itself. Or a Hugging Face dataset, alone: its
+    folder, or hf:OWNER/NAME."""
     image_column: str = ""
     """Column of the image paths where it has an unusual name. Empty: image, filepath, file_name, filename, ..."""
     caption_column: str = ""
@@ -113,7 +115,7 @@ class DataConfig:
     def annotation_files(self) -> list[Path]:
         """The files that `annotations` names."""
         names = (self.annotations,) if isinstance(self.annotations, str) else self.annotations
-        return [Path(self.root) / name for name in names if name]
+        return [annotation_path(self.root, name) for name in names if name]
 
 
 @dataclass(frozen=True, kw_only=True)

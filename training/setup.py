@@ -18,6 +18,7 @@ import torch
 from data.annotation_files import open_annotations
 from data.batches import BatchPlan, TrainingBatches
 from data.caption_datasets import CaptionDataset, load_annotations, read_field
+from data.huggingface_datasets import annotation_path
 from data.neighbours import CaptionKeys
 from data.webdataset_shards import load_shards
 from models.config import FORMER_ADAPTER_KEYS, EDJEConfig, EncoderConfig, check_backbone
@@ -64,7 +65,8 @@ def load_validation_split(config: RunConfig) -> CaptionDataset | None:
     if not data.val_split:
         return None
     if data.val_annotations:
-        return load_annotations(Path(data.root) / data.val_annotations, data.root, data.val_split, columns=data.columns)
+        file = annotation_path(data.root, data.val_annotations)
+        return load_annotations(file, data.root, data.val_split, columns=data.columns)
     whole = [] if data.val_share else [str(file) for file in data.annotation_files if _is_one_split(file, data)]
     if whole or not data.annotation_files:
         raise UserError(

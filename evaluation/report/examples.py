@@ -11,13 +11,11 @@ import io
 import textwrap
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data.caption_datasets import CaptionDataset
-from models.vision.images import open_image
 
 from ..metrics import first_right_rank
 from ..results import DirectionResults
@@ -70,14 +68,14 @@ def _example(
 
 
 @lru_cache(maxsize=1024)
-def thumbnail_uri(path: Path) -> str:
-    """An image as a small JPEG in a data URI; JPEG or PNG, whichever is shorter for drawings and photographs."""
-    image = open_image(path)
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+def thumbnail_uri(dataset: CaptionDataset, image: int) -> str:
+    """An image, by number, as a small data URI; JPEG or PNG, whichever is shorter for drawings and photographs."""
+    picture = dataset.open_image(image)
+    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     encoded = {}
     for form, options in (("jpeg", {"quality": 85}), ("png", {"optimize": True})):
         buffer = io.BytesIO()
-        image.save(buffer, form, **options)
+        picture.save(buffer, form, **options)
         encoded[form] = buffer.getvalue()
     form = min(encoded, key=lambda name: len(encoded[name]))
     return f"data:image/{form};base64,{base64.b64encode(encoded[form]).decode()}"
@@ -94,14 +92,13 @@ def draw_teaser(dataset: CaptionDataset, example: Example) -> Image.Image:
     for title, images, top in rows:
         draw.text((40, top + 88), title.replace(" ", "\n"), fill="#14171f", font=_font(24), spacing=6)
         for place, image in enumerate(images):
-            _paste(sheet, dataset.path(image), 220 + place * 192, top, framed=image in example.right)
+            _paste(sheet, dataset.open_image(image), 220 + place * 192, top, framed=image in example.right)
             draw.text((220 + place * 192, top + 184), str(place + 1), fill="#6b7280", font=_font(18))
     return sheet
 
 
-def _paste(sheet: Image.Image, path: Path, left: int, top: int, framed: bool) -> None:
+def _paste(sheet: Image.Image, image: Image.Image, left: int, top: int, framed: bool) -> None:
     size = 176
-    image = open_image(path)
     scale = size / max(image.size)
     image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(sheet)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from data.caption_datasets import CaptionDataset
-from models.vision.images import may_be_image
 
 from ..results import Results
 from .examples import Example, pick_examples
@@ -46,4 +45,4 @@ def make_gallery(results: Results, dataset: CaptionDataset, column: str) -> Gall
         groups.append(Group(direction, helped, pick_examples(part, column, helped=helped, count=count)))
     groups = [group for group in groups if group.examples]
     images = {image for group in groups for image in group.images()}
-    return Gallery(groups, all(may_be_image(dataset.path(image)) for image in images)) if groups else None
+    return Gallery(groups, all(dataset.has_image(image) for image in images)) if groups else None

@@ -91,7 +91,7 @@ def _environment(dataset: CaptionDataset) -> Environment:
         columns=COLUMN_TITLES,
         directions=DIRECTION_TITLES,
         metrics=METRICS,
-        thumbnail=lambda image: thumbnail_uri(dataset.path(image)),
+        thumbnail=lambda image: thumbnail_uri(dataset, image),
     )
     environment.filters.update(figure=figure, gain=lambda part, column: gain_text([part], column), highest=highest)
     return environment
