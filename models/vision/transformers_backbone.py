@@ -76,7 +76,8 @@ class TransformersBackbone(TorchBackbone):
         self.eval().requires_grad_(False)
         self.autocast_dtype = autocast_dtype
         self.preprocess = ProcessorPixels(processor)
-        self.dims = self._measure()
+        self._check_pixels()
+        self.dims = _dims(model)
         self.fingerprint = _fingerprint(model, processor, weights)
 
     @classmethod
@@ -141,20 +142,17 @@ class TransformersBackbone(TorchBackbone):
         embedding: Tensor = self.model.get_text_features(**tokens).pooler_output
         return embedding
 
-    def _measure(self) -> BackboneDims:
-        """Sizes from a pass over blank images, which the image processor must bring to the tower's one size."""
+    def _check_pixels(self) -> None:
+        """Raises UserError unless the image processor brings every image to the tower's one size."""
         side = self.model.config.vision_config.image_size
-        blank = [self.preprocess(Image.new("RGB", size)) for size in PROBE_SIZES]
-        for (width, height), pixels in zip(PROBE_SIZES, blank, strict=True):
+        for width, height in PROBE_SIZES:
+            pixels = self.preprocess(Image.new("RGB", (width, height)))
             if pixels.shape != (3, side, side):
                 raise UserError(
                     f"backbone {self.config.name or self.config.pretrained}: its image processor makes pixels "
                     f"{list(pixels.shape)} of an image of {width}x{height}, its tower takes {[3, side, side]}; restore "
                     "the preprocessor_config.json of this model"
                 )
-        features = self.encode_images(blank[0][None])
-        _, patches, width = features.patch_tokens.shape
-        return BackboneDims(num_patches=patches, patch_width=width, embedding_width=features.embedding.shape[1])
 
 
 def _source(config: BackboneConfig) -> str:
@@ -242,6 +240,17 @@ def _reading(source: str, what: str) -> Iterator[None]:
         raise UserError(f"backbone {source}: {what} cannot be loaded ({one_line(error)}); {advice}") from None
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _dims(model: Any) -> BackboneDims:
+    """From the configuration: both classes are known, and a pass over a blank image takes seconds on a CPU."""
+    config: Any = model.config
+    vision = config.vision_config
+    return BackboneDims(
+        num_patches=(vision.image_size // vision.patch_size) ** 2,
+        patch_width=vision.hidden_size,
+        embedding_width=config.projection_dim if isinstance(model, CLIPModel) else vision.hidden_size,
+    )
 
 
 def _fingerprint(model: Any, processor: Any, weights: str) -> str:

@@ -87,6 +87,7 @@ def pixels(count=3):
 def check_images(backbone, model, pixels):
     """Tokens after the final norm without class token, and the embedding, against the model's own calls."""
     features, theirs = backbone.encode_images(pixels), model.vision_model(pixels)
+    assert features.patch_tokens.shape[1:] == (backbone.dims.num_patches, backbone.dims.patch_width)
     tokens = theirs.last_hidden_state
     if isinstance(model, CLIPModel):
         norm = model.vision_model.post_layernorm
@@ -103,7 +104,8 @@ def test_tokens_and_embedding_are_the_models_own_in_one_forward(directory, kind)
     features = backbone.encode_images(pixels())
     assert len(passes) == 1
     assert backbone.dims == BackboneDims(num_patches=36, patch_width=32, embedding_width=KINDS[kind][2])
-    assert features.patch_tokens.shape == (3, 36, 32) and features.patch_tokens.dtype == torch.float32
+    assert features.patch_tokens.shape == (3, 36, 32) and features.embedding.shape == (3, KINDS[kind][2])
+    assert features.patch_tokens.dtype == features.embedding.dtype == torch.float32
     check_images(backbone, model, pixels())
 
 
