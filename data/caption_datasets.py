@@ -224,9 +224,9 @@ def _open(folder: Path, root: Path, row_images: RowImages | None) -> CaptionData
 def read_field(file: str | Path, dataset: CaptionDataset, field: str) -> list[Any]:
     """A further field of each image of a Karpathy file, e.g. `style`, in the data set's order: None where it has none.
 
-    A list has no such fields. Raises UserError naming the file if it cannot be read."""
+    A list and a Hugging Face dataset have no such fields. Raises UserError naming the file if it cannot be read."""
     file = Path(file)
-    document = read_json(file)
+    document = None if is_dataset(file) else read_json(file)
     images = (document.get("images") if isinstance(document, dict) else None) or []
     records = [i for i in images if isinstance(i, dict) and isinstance(i.get("filename"), str)]
     values = {_image_id(record): record.get(field) for record in records}

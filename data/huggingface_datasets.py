@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 HUB = "hf:"
-"""What the name of a data set that load_dataset() is to find begins with."""
+"""What the name of a dataset that load_dataset() is to find begins with."""
 _SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))
 """Files that only the directory of a DatasetDict, or of a Dataset, holds."""
 _ROWS = 256
@@ -48,7 +48,7 @@ _DIGEST_BYTES = 16
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether annotations are a saved data set, told by its files, or the name of one for load_dataset()."""
+    """Whether annotations are a saved dataset, told by its files, or the name of one for load_dataset()."""
     return is_hub_name(path) or any(all((path / name).is_file() for name in names) for names in _SAVED)
 
 
@@ -64,10 +64,10 @@ def annotation_path(root: str | Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class DatasetImages:
-    """Images in the rows of a data set. Pickled, it names the files that hold them and does not copy them."""
+    """Images in the rows of a dataset. Pickled, it names the files that hold them and does not copy them."""
 
     name: str
-    """Of the data set, in errors."""
+    """Of the dataset, in errors."""
     splits: Mapping[str, Dataset]
     """By key of the DatasetDict, "" where it is a Dataset; nothing but the images, not decoded."""
     column: str
@@ -113,10 +113,10 @@ def _digest(image: Any, row: int) -> bytes:
 def open_dataset(
     path: Path, columns: ColumnNames = USUAL_NAMES, wanted_splits: Collection[str | None] | None = None
 ) -> Annotations:
-    """The rows of a data set, and its images where the rows hold them.
+    """The rows of a dataset, and its images where the rows hold them.
 
     Captions in lists: a row is an image. One caption a row: rows whose image is the same file are one image, for which
-    all images of the keys in `wanted_splits` are read (None: of all keys). Raises UserError naming the data set: not
+    all images of the keys in `wanted_splits` are read (None: of all keys). Raises UserError naming the dataset: not
     found, damaged, without a column of images or captions, or the package `datasets` is not installed."""
     splits = _load(path)
     features = _common_features(path, splits)
@@ -167,11 +167,11 @@ def _records(
 
 
 def _load(path: Path) -> dict[str, Dataset]:
-    """The data set's splits by name; "" for a Dataset, which is not divided."""
+    """The dataset's splits by name; "" for a Dataset, which is not divided."""
     try:
         import datasets
     except ModuleNotFoundError:
-        raise UserError(f"{path}: a Hugging Face data set, which needs a package; pip install datasets") from None
+        raise UserError(f"{path}: a Hugging Face dataset, which needs a package; pip install datasets") from None
     try:
         found = _load_by_name(path.as_posix()) if is_hub_name(path) else datasets.load_from_disk(str(path))
     # Files that are damaged or of another version come up as any of these.
@@ -187,13 +187,15 @@ def _load_by_name(name: str) -> DatasetDict:
     from datasets import load_dataset
 
     repository, _, config = name.removeprefix(HUB).partition(":")
+    if not repository:
+        raise ValueError(f"expected {HUB}OWNER/NAME")
     return load_dataset(repository, config or None)
 
 
 def _common_features(path: Path, splits: Mapping[str, Dataset]) -> dict[str, Any]:
     """The columns that all splits have alike, and their kinds."""
     if not any(map(len, splits.values())):
-        raise UserError(f"{path.as_posix()}: has no rows; pass a data set of images and captions")
+        raise UserError(f"{path.as_posix()}: has no rows; pass a dataset of images and captions")
     first, *others = (dataset.features for dataset in splits.values())
     return {name: kind for name, kind in first.items() if all(other.get(name) == kind for other in others)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 
 from data.annotation_records import ColumnNames
 from data.batches import BatchPlan, ImageRows, TrainingBatches
-from data.caption_datasets import CaptionDataset, load_annotations
+from data.caption_datasets import CaptionDataset, load_annotations, read_field
 from data.huggingface_datasets import DatasetImages, annotation_path
 from evaluation.output import DIRECTION_ARRAYS
 from models.errors import UserError
@@ -65,6 +66,7 @@ def test_rows_hold_images_and_lists_of_captions(tmp_path):
     dataset = load_annotations(saved(of_rows(PICTURES, captions, SEVERAL), tmp_path / "saved"), ".", None)
     assert pairs(dataset) == [(pixels(picture), of) for picture, of in zip(PICTURES, captions, strict=True)]
     assert dataset.image_ids == [f"{row:08d}" for row in range(5)]
+    assert read_field(tmp_path / "saved", dataset, "style") == [None] * 5
 
 
 def test_rows_of_one_caption_are_put_together_where_they_hold_the_same_picture(tmp_path):
@@ -109,6 +111,14 @@ def test_a_column_of_splits_goes_before_the_keys(tmp_path):
     assert load_annotations(folder, ".", "test").image_ids == ["test/00000002", "test/00000004"]
 
 
+def test_a_dataset_that_is_not_divided_is_divided_by_val_share(tmp_path):
+    rows = of_rows([PICTURES[i % 5] for i in range(10)], [f"caption {row}" for row in range(10)])
+    folder = saved(rows, tmp_path / "saved")
+    train, val = (load_annotations(folder, ".", split, val_share=0.5) for split in ("train", "val"))
+    assert len(train) and len(val) and sorted([*train.image_ids, *val.image_ids]) == [f"{row:08d}" for row in range(5)]
+    assert all(len(captions) == 2 for dataset in (train, val) for _, captions in pairs(dataset))
+
+
 def test_a_column_of_paths_names_files_under_the_root(tmp_path):
     (tmp_path / "photos").mkdir()
     for number, picture in enumerate(PICTURES):
@@ -144,6 +154,8 @@ def test_a_name_is_loaded_by_load_dataset(tmp_path, monkeypatch):
     assert annotation_path("root", "hf:owner/name") == Path("hf:owner/name")
     with pytest.raises(UserError, match=r"hf:owner/none: cannot be loaded \(.*\); check the name and the network"):
         load_annotations("hf:owner/none", ".", None)
+    with pytest.raises(UserError, match=r"hf:: cannot be loaded \(expected hf:OWNER/NAME\)"):
+        load_annotations("hf:", ".", None)
     with pytest.raises(UserError, match=r"hf:owner/name:large: cannot be loaded \(BuilderConfig 'large' not found"):
         load_annotations("hf:owner/name:large", ".", None)
 
@@ -205,6 +217,13 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
     empty = saved(DatasetDict({}), tmp_path / "empty")
     with pytest.raises(UserError, match=r"empty: has no rows"):
         load_annotations(empty, ".", None)
+
+
+def test_without_the_package_its_installation_is_named(tmp_path, monkeypatch):
+    folder = saved(of_rows(PICTURES, list("abcde")), tmp_path / "saved")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"saved: a Hugging Face dataset, which needs a package; pip install datasets"):
+        load_annotations(folder, ".", None)
 
 
 def run(script: str, *arguments: str | Path) -> None:
