@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from .errors import UserError, one_line
 from .files import write_atomically
 
+_WRAPPERS = {"module", "_orig_mod", "model"}
+"""Parts of names that are none of the model: of DataParallel, of torch.compile, of a module that holds the model."""
+
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, on the CPU. Raises UserError naming the file if it is missing or damaged."""
@@ -25,6 +28,18 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: missing, truncated or damaged ({one_line(error)}); copy or write it again") from error
+
+
+def without_wrappers(state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
+    """The same tensors by the names that the model itself gives them, whatever wrapped it or its parts, in any nesting:
+    `a.b` for `module._orig_mod.a.module.b`. Raises UserError if two then have one name."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        inner = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if inner in result:
+            raise UserError(f"{where}: holds {inner} twice, the second time as {name}; save one model's state dict")
+        result[inner] = tensor
+    return result
 
 
 def check_weights(state: dict[str, Tensor], where: str | Path) -> None:

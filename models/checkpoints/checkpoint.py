@@ -23,7 +23,7 @@ from ..config_io import from_dict, to_dict
 from ..errors import UserError, one_line
 from ..files import atomic_directory, write_atomically
 from ..language.captions import TOKENIZER_FILE, CaptionTokenizer
-from ..state_dicts import check_weights, read_safetensors, tensors_hash, untied, write_safetensors
+from ..state_dicts import check_weights, read_safetensors, tensors_hash, untied, without_wrappers, write_safetensors
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "model.safetensors"
@@ -87,7 +87,7 @@ def read_checkpoint(directory: str | Path) -> tuple[EDJEConfig, dict[str, Tensor
     if missing:
         raise UserError(f"{directory / missing[0]}: no such file; a checkpoint has {', '.join(CHECKPOINT_FILES)}")
     config = with_located_backbone(read_config(directory), directory)
-    state = read_safetensors(directory / WEIGHTS_FILE)
+    state = without_wrappers(read_safetensors(directory / WEIGHTS_FILE), directory / WEIGHTS_FILE)
     check_weights(state, directory / WEIGHTS_FILE)
     tokenizer = CaptionTokenizer.from_pretrained(directory / TOKENIZER_FILE)
     if tokenizer.vocab_size > config.encoder.vocab_size:

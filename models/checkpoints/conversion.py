@@ -56,33 +56,43 @@ def cached_conversion(source: Path, named: dict[str, Any] | None = None) -> Path
     """The checkpoint directory that a published file or directory was converted into, beside the Hub's cache.
 
     Converted where it is not there yet: by several processes at once, one's result stays; a kill leaves nothing that
-    would be taken for one. Files of other names, sizes or times of change make another. Where the cache cannot be
-    written, the directory is a temporary one that ends with this process, and a line on stderr says so."""
-    cache = _cache()
-    final = cache / f"{source.stem or 'checkpoint'}-{_key(source, named)}"
+    would be taken for one. Files of other names, sizes or times of change make another. Where the cache is full or
+    cannot be written, the directory is a temporary one that ends with this process, and a line on stderr says so."""
+    final = _cache() / f"{source.stem or 'checkpoint'}-{_key(source, named)}"
     if final.is_dir():
         return final
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(cache)
-        folder = tempfile.mkdtemp(prefix=_UNFINISHED, dir=cache)
+        _convert_into_cache(source, final, named)
     except OSError as error:
+        print(f"{final}: cannot be kept ({one_line(error)}); converting {source} for this process", file=sys.stderr)
+        return _convert_for_this_process(source, final.name, named)
+    return final
+
+
+def _convert_into_cache(source: Path, final: Path, named: dict[str, Any] | None) -> None:
+    cache = final.parent
+    cache.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(cache)
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=cache) as folder:
+        convert(source, Path(folder) / "checkpoint", named=named)
+        try:
+            os.rename(Path(folder) / "checkpoint", final)
+        except OSError:
+            if not final.is_dir():  # else another process was first
+                raise
+
+
+def _convert_for_this_process(source: Path, name: str, named: dict[str, Any] | None) -> Path:
+    try:
         folder = tempfile.mkdtemp(prefix="edje-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        print(f"{cache} cannot be written ({one_line(error)}); converting {source} for this process", file=sys.stderr)
-        final = Path(folder) / final.name
-    try:
-        convert(source, Path(folder) / "checkpoint", named=named)
-        os.rename(Path(folder) / "checkpoint", final)
+        convert(source, Path(folder) / name, named=named)
     except OSError as error:
-        if not final.is_dir():  # else another process was first
-            raise UserError(
-                f"{final}: cannot be written ({one_line(error)}); free some space, or set HF_HOME"
-            ) from error
-    finally:
-        if final.parent != Path(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-    return final
+        raise UserError(
+            f"{source}: its conversion cannot be written to {tempfile.gettempdir()} either ({one_line(error)}); free "
+            "some space, or set TMPDIR"
+        ) from error
+    return Path(folder) / name
 
 
 def _remove_leftovers(cache: Path) -> None:

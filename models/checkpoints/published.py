@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,7 +165,7 @@ def read_published(
     check_weights({name: tensor for name, tensor in trained.items() if our_name(name) or name in TIED}, file)
     published = _untied(trained, file)
     _check_is_edje(published, file)
-    settings = _settings(file, Path(config_json) if config_json else None, (named or {}) | in_weights)
+    settings = _settings(file, Path(config_json) if config_json else None, named or {}, in_weights)
     _check_names(published, file)
     config = _infer_config(published, settings, file)
     published[POSITIONS] = with_rows(published[POSITIONS], config.encoder.max_positions)
@@ -180,15 +181,17 @@ def read_published(
     )
 
 
-def _settings(file: Path, config_json: Path | None, named: dict[str, Any]) -> _Settings:
-    """From --config, from the config.json beside the weights, or from the models that either names."""
+def _settings(file: Path, config_json: Path | None, default: dict[str, Any], in_weights: dict[str, Any]) -> _Settings:
+    """From --config, from the config.json beside the weights, or from the models that these, the weights or, where
+    neither does, `default` name."""
+    named = default | in_weights
     beside = file.parent / CONFIG_JSON
     if config_json is None and beside.is_file():
         content = _read_json(beside)
         if "vision" in content and "joint_encoder" in content:
             config_json = beside
         else:
-            named = content | named
+            named = default | content | in_weights
     settings = _from_json(config_json, named) if config_json else _from_names(named, file)
     vocabulary = file.parent / VOCABULARY_FILE
     return replace(settings, tokenizer=str(vocabulary)) if not config_json and vocabulary.is_file() else settings
@@ -244,10 +247,16 @@ def _tower_name(named: dict[str, Any]) -> str:
     return str(named.get("siglip_path", "")).rstrip("/")
 
 
-def _backbone(named: dict[str, Any], tower: _Tower) -> BackboneConfig:
-    """The tower where it lies on this machine, as the checkpoint names it, else by its name on the Hub."""
-    path = _tower_name(named)
-    return BackboneConfig(name=path if Path(path).is_dir() else tower.name)
+def _backbone(named: dict[str, Any]) -> BackboneConfig:
+    """The tower where it lies on this machine, as the checkpoint names it, else by its name on the Hub.
+
+    A directory of another machine is known by its last part; without one of KNOWN_TOWERS, nothing is named."""
+    path, tower = _tower_name(named), _known_tower(named)
+    if path and Path(path).is_dir():
+        return BackboneConfig(name=str(Path(path).resolve()))
+    if tower is not None:
+        return BackboneConfig(name=tower.name)
+    return BackboneConfig(name=path if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) else "")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -264,7 +273,6 @@ def _known_tower(named: dict[str, Any]) -> _Tower | None:
 
 def _from_json(path: Path, named: dict[str, Any]) -> _Settings:
     """named: the config in the weight file; the JSON names no backbone."""
-    tower = _known_tower(named)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         vision, encoder, adapter = data["vision"], data["joint_encoder"], data.get("adapter", {})
@@ -295,8 +303,7 @@ def _from_json(path: Path, named: dict[str, Any]) -> _Settings:
         raise UserError(f"{path}: cannot be read ({error.strerror}); pass the checkpoint's config.json") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not in the expected format ({error!r}); tests/parity has examples of it") from error
-    settings = from_dict(_Settings, values, where=str(path))
-    return replace(settings, backbone=_backbone(named, tower)) if tower else settings
+    return replace(from_dict(_Settings, values, where=str(path)), backbone=_backbone(named))
 
 
 def _from_names(named: dict[str, Any], file: Path) -> _Settings:
@@ -310,7 +317,7 @@ def _from_names(named: dict[str, Any], file: Path) -> _Settings:
         )
     return _Settings(
         source=NAMED,
-        backbone=_backbone(named, tower),
+        backbone=_backbone(named),
         num_patches=tower.num_patches,
         patch_width=tower.width,
         adapter_heads=tower.num_heads,

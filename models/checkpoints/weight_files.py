@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, one_line
-from ..state_dicts import read_safetensors
+from ..state_dicts import read_safetensors, without_wrappers
 
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 INDEX_SUFFIX = ".index.json"
 """Of the file that lists the shards of a state dict: model.safetensors.index.json, pytorch_model.bin.index.json."""
 PREFERRED_STEMS = ("model", "pytorch_model", "checkpoint")
@@ -31,8 +31,6 @@ NO_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|training_args|training_sta
 """Files with a weight file's suffix that training scripts write beside the weights."""
 WRAPPING_KEYS = ("model", "state_dict", "model_state_dict", "module")
 """Where a saved dictionary holds the state dict, in any nesting."""
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DataParallel, torch.compile and a wrapping module put before every name, in any nesting."""
 _SHARD = re.compile(r".*-\d+-of-\d+")
 ADVICE = {
     "a Git LFS pointer": "fetch the file itself: git lfs pull",
@@ -104,7 +102,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     another format, or more than tensors in it (which could run code)."""
     if not file.name.endswith(INDEX_SUFFIX):
         state, config = _read_file(file)
-        return _without_wrappers(state, file), config
+        return without_wrappers(state, file), config
     tensors: dict[str, Tensor] = {}
     names = shard_names(file)
     missing = [name for name in names if not (file.parent / name).is_file()]
@@ -122,7 +120,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if listed != tensors.keys():
         differing = min(listed ^ tensors.keys())
         raise UserError(f"{file}: it and its shards differ in {differing}; fetch index and shards again")
-    return _without_wrappers(tensors, file), {}
+    return without_wrappers(tensors, file), {}
 
 
 def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -152,25 +150,13 @@ def _unwrapped(content: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, A
         if inner is None:
             break
         content = inner
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
-    ):
+    entries = content.items() if isinstance(content, dict) else ()
+    # Beside the tensors may be what a loop keeps: an epoch, an optimizer.
+    state = {name: tensor for name, tensor in entries if isinstance(name, str) and isinstance(tensor, Tensor)}
+    if not state:
         keys = ", ".join(f"'{key}'" for key in WRAPPING_KEYS)
         raise UserError(f"{file}: no state dict in it; expected names with tensors, or these under {keys}")
-    return content, config
-
-
-def _without_wrappers(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The same tensors by the names that the model itself gives them. Raises UserError if two then have one name."""
-    result: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        inner = name
-        while prefix := next((prefix for prefix in WRAPPER_PREFIXES if inner.startswith(prefix)), ""):
-            inner = inner.removeprefix(prefix)
-        if inner in result:
-            raise UserError(f"{file}: holds {inner} twice, the second time as {name}; save one model's state dict")
-        result[inner] = tensor
-    return result
+    return state, config
 
 
 def _check_format(file: Path) -> None:

@@ -124,7 +124,8 @@ class CaptionTokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json; `from_pretrained(directory)` reads it without network."""
-        self._tokenizer.save(str(Path(directory) / TOKENIZER_FILE))
+        # Not its own save(), whose error on a full disk is a bare Exception.
+        write_atomically(Path(directory) / TOKENIZER_FILE, self._tokenizer.to_str(pretty=True))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> CaptionTokenizer:

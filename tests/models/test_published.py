@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.checkpoints import conversion
+from models.checkpoints import checkpoint, conversion
 from models.checkpoints.hub import locate_checkpoint
 from models.checkpoints.published import PUBLISHED_REPOSITORIES
 from models.edje import EDJE
@@ -93,6 +94,28 @@ def test_wrappers_of_names_and_of_the_whole_are_taken_off(tmp_path, prefix, key)
     folder = folder_with(tmp_path)
     torch.save(content, folder / "last.pth")
     check(EDJE.from_pretrained(folder))
+
+
+def test_parts_that_were_wrapped_by_themselves_are_read(tmp_path):
+    """DistributedDataParallel around the language model alone, torch.compile around the adapter alone."""
+    inner = (("language_model.", "language_model.module."), ("vision_projection.", "vision_projection._orig_mod."))
+    state = tensors()
+    for part, wrapped in inner:
+        state = {name.replace(part, wrapped, 1): tensor for name, tensor in state.items()}
+    save_file(state, folder_with(tmp_path) / "model.safetensors")
+    check(EDJE.from_pretrained(tmp_path / "published"))
+
+
+def test_a_checkpoint_of_ours_loads_with_the_names_that_wrappers_left(tmp_path):
+    EDJE.from_pretrained(CASE).save_pretrained(tmp_path / "ours")
+    file = tmp_path / "ours" / "model.safetensors"
+    save_file({f"module._orig_mod.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    check(EDJE.from_pretrained(tmp_path / "ours"))
+
+
+def test_an_epoch_among_the_tensors_is_left_out(tmp_path):
+    torch.save(tensors() | {"epoch": 3, "args": {"lr": 0.1}}, folder_with(tmp_path) / "last.ckpt")
+    check(EDJE.from_pretrained(tmp_path / "published"))
 
 
 def test_a_dictionary_in_a_dictionary_is_found(tmp_path):
@@ -187,7 +210,7 @@ def test_where_the_cache_cannot_be_written_the_weights_load_all_the_same(cache, 
     cache.parent.mkdir(parents=True)
     cache.write_text("a file where the folder should be")
     check(EDJE.from_pretrained(CASE))
-    assert "cannot be written" in capsys.readouterr().err and cache.read_text().startswith("a file")
+    assert "cannot be kept" in capsys.readouterr().err and cache.read_text().startswith("a file")
 
 
 def test_a_conversion_that_fails_leaves_nothing(cache, monkeypatch):
@@ -195,9 +218,23 @@ def test_a_conversion_that_fails_leaves_nothing(cache, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(conversion, "write_checkpoint", full)
-    with pytest.raises(UserError, match="cannot be written .*No space left.*set HF_HOME"):
+    with pytest.raises(UserError, match="cannot be written to .*No space left.*set TMPDIR"):
         EDJE.from_pretrained(CASE)
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["write_config", "write_safetensors"])
+def test_where_the_cache_is_full_the_weights_load_all_the_same(cache, monkeypatch, capsys, step):
+    write = getattr(checkpoint, step)
+
+    def until_full(path, *rest):
+        if cache in Path(path).parents:
+            raise OSError(28, "No space left on device")
+        write(path, *rest)
+
+    monkeypatch.setattr(checkpoint, step, until_full)
+    check(EDJE.from_pretrained(CASE))
+    assert capsys.readouterr().err.count("No space left") == 1 and list(cache.iterdir()) == []
 
 
 def test_what_a_killed_conversion_left_is_never_taken_and_goes_after_a_day(cache):
@@ -209,6 +246,12 @@ def test_what_a_killed_conversion_left_is_never_taken_and_goes_after_a_day(cache
     assert not old.exists() and new.exists() and len(list(cache.iterdir())) == 2
 
 
+KILLED = """
+import os, signal, sys
+from models.checkpoints import checkpoint, hub
+checkpoint.write_safetensors = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+hub.locate_checkpoint(sys.argv[1])
+"""
 CONVERT = """
 import sys
 from models.checkpoints.hub import locate_checkpoint
@@ -222,6 +265,14 @@ def test_two_processes_convert_at_once_and_agree(cache):
     printed = {run.communicate(timeout=300)[0] for run in runs}
     assert [run.returncode for run in runs] == [0, 0] and len(printed) == 1
     assert [folder.name for folder in cache.iterdir()] == [Path(printed.pop().strip()).name]
+
+
+def test_a_kill_in_the_middle_leaves_nothing_that_is_taken(cache):
+    command, environment = [sys.executable, "-c", KILLED, str(CASE)], os.environ | {"HF_HOME": str(cache.parent)}
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == -signal.SIGKILL
+    left = list(cache.iterdir())
+    assert len(left) == 1 and left[0].name.startswith(".converting-")
+    check(EDJE.from_pretrained(CASE))
 
 
 def test_weights_without_a_backbone_say_how_to_name_one():
