@@ -42,8 +42,9 @@ def write_clip(directory: Path, seed: int = 0, **vision: object) -> Path:
     return _save(directory, CLIPModel, config, seed, processor, tokenizer)
 
 
-def write_siglip(directory: Path, seed: int = 0, **vision: object) -> Path:
+def write_siglip(directory: Path, seed: int = 0, text: dict[str, int] | None = None, **vision: object) -> Path:
     """A SiglipModel with SigLIP 2's tokenizer class and settings: 36 patch tokens and embeddings of width 32."""
+    vision, text = VISION | vision, TEXT | (text or {})
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS, *LETTERS.upper()]
     tokenizer = GemmaTokenizer(
         vocab={piece: i for i, piece in enumerate(pieces)},
@@ -56,10 +57,11 @@ def write_siglip(directory: Path, seed: int = 0, **vision: object) -> Path:
     )
     ends = dict(bos_token_id=2, eos_token_id=1, pad_token_id=0)
     config = SiglipConfig(
-        vision_config=VISION | vision,
-        text_config=TEXT | ends | {"vocab_size": len(pieces), "projection_size": (VISION | vision)["hidden_size"]},
+        vision_config=vision,
+        text_config=text | ends | {"vocab_size": len(pieces), "projection_size": vision["hidden_size"]},
     )
-    processor = SiglipImageProcessor(size={"height": SIDE, "width": SIDE}, resample=2, do_convert_rgb=None)
+    size = dict.fromkeys(("height", "width"), vision["image_size"])
+    processor = SiglipImageProcessor(size=size, resample=2, do_convert_rgb=None)
     return _save(directory, SiglipModel, config, seed, processor, tokenizer)
 
 
