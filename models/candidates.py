@@ -35,6 +35,17 @@ def as_images(documents: Iterable[ImageSource], what: str = "documents") -> list
     return list(documents)
 
 
+def as_paths(paths: Iterable[str | Path]) -> list[str | Path]:
+    """Paths of images to index, as a list. Raises UserError naming what is there instead."""
+    if not isinstance(paths, Iterable):
+        raise UserError(f"what to index is a {type(paths).__name__}; expected a folder or a list of paths")
+    paths = list(paths)
+    for number, path in enumerate(paths):
+        if not isinstance(path, str | Path):
+            raise UserError(f"item {number} to index is a {type(path).__name__}; expected a path: a store needs names")
+    return paths
+
+
 def as_captions(captions: Iterable[str], what: str = "captions") -> list[str]:
     """A list of captions, each of them some text. Raises UserError naming what is there instead."""
     if isinstance(captions, str):
@@ -104,11 +115,21 @@ def documents_of_queries(queries: Sequence[str], documents: Iterable[Any]) -> li
     return [as_images(images, f"documents[{number}]") for number, images in enumerate(listed)]
 
 
+def cosines_of_queries(similarities: Iterable[Numbers], counts: Sequence[int]) -> Tensor:
+    """First-stage cosines of the candidates of Q queries, one list for each of `counts` many, joined: [n] float32.
+
+    Raises UserError where a query's are not as many as its candidates, or where they cannot be cosines."""
+    lists = list(similarities) if isinstance(similarities, Iterable) else []
+    if len(lists) != len(counts):
+        raise UserError(f"similarities holds {len(lists)} lists for {len(counts)} queries; pass one list for each")
+    return torch.cat([torch.empty(0), *map(as_cosines, lists, counts)])
+
+
 def as_cosines(similarities: Numbers, count: int) -> Tensor:
     """First-stage cosines of `count` pairs, [n] float32 on the CPU.
 
     Raises UserError where the number differs, or where they cannot be cosines."""
-    cosines = torch.as_tensor(similarities, dtype=torch.float32).detach().cpu()
+    cosines = _as_floats(similarities, "similarities")
     if cosines.shape != (count,):
         raise UserError(f"similarities have shape {list(cosines.shape)}; expected one cosine a pair, [{count}]")
     if not (cosines.abs() <= 1.01).all():  # a little beyond 1 is rounding; NaN is neither
@@ -120,7 +141,7 @@ def as_text_embeddings(embeddings: Numbers, count: int, width: int) -> Tensor:
     """Text embeddings of `count` queries, [Q, De] float32 on the CPU; one query's may be [De].
 
     Raises UserError where the shape is another, or where they are not L2-normalised."""
-    texts = torch.as_tensor(embeddings, dtype=torch.float32).detach().cpu()
+    texts = _as_floats(embeddings, "text_embedding")
     texts = texts[None] if texts.ndim == 1 else texts
     if texts.shape != (count, width):
         raise UserError(
@@ -130,6 +151,16 @@ def as_text_embeddings(embeddings: Numbers, count: int, width: int) -> Tensor:
     if not ((texts.norm(dim=-1) - 1).abs() < 0.01).all():
         raise UserError("text_embedding is not L2-normalised; pass what backbone.encode_texts() gives")
     return texts
+
+
+def _as_floats(numbers: Numbers, what: str) -> Tensor:
+    """Float32 on the CPU, of whatever holds numbers. Raises UserError for what does not."""
+    if isinstance(numbers, Iterable) and not isinstance(numbers, np.ndarray | Tensor):
+        numbers = list(numbers)
+    try:
+        return torch.as_tensor(numbers, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):  # text, nothing, lists of unequal lengths
+        raise UserError(f"{what} is no list, array or tensor of numbers; pass one") from None
 
 
 def identity(image: ImageSource) -> Hashable:

@@ -55,9 +55,11 @@ class DistributedContext:
         return values
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str | torch.device = "auto") -> torch.device:
     """`auto` is cuda where there is one, else cpu. Raises UserError for a device that is not there."""
     if name != "auto":
+        if not isinstance(name, str | torch.device):
+            raise UserError(f"device is {name!r}; expected auto, cpu, cuda or cuda:1")
         try:
             torch.empty(0, device=name)
             return torch.device(name)

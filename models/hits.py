@@ -11,6 +11,7 @@ from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
+from .errors import UserError
 from .scores import softmax_within
 from .vision.images import ImageSource
 
@@ -47,8 +48,18 @@ class Shown:
 
     def __call__(self, scores: Tensor, group: Tensor) -> Tensor:
         """scores [n] float32 -> [n]; group [n] int64: the softmax is within each."""
-        shown = scores if self.activation is None else self.activation(scores)
+        shown = scores if self.activation is None else self._activated(scores, self.activation)
         return softmax_within(shown, group) if self.softmax else shown
+
+    @staticmethod
+    def _activated(scores: Tensor, activation: Activation) -> Tensor:
+        if not callable(activation):
+            raise UserError(f"activation_fn is a {type(activation).__name__}; expected a function, e.g. torch.sigmoid")
+        shown = activation(scores)
+        if not isinstance(shown, Tensor) or shown.shape != scores.shape:
+            given = list(shown.shape) if isinstance(shown, Tensor) else f"a {type(shown).__name__}"
+            raise UserError(f"activation_fn gave {given} of scores {list(scores.shape)}; expected a tensor of these")
+        return shown
 
 
 def make_hits(

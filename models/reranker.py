@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +31,10 @@ from .candidates import (
     as_captions,
     as_images,
     as_pairs,
+    as_paths,
     as_queries,
     as_text_embeddings,
+    cosines_of_queries,
     distinct,
     documents_of_queries,
 )
@@ -114,6 +116,10 @@ class Reranker:
         backbone: a loaded one to share, or a config where its weights lie elsewhere than the checkpoint says.
         revision: branch, tag or commit on the Hub.
         Raises UserError for a missing or damaged file, or another backbone than the checkpoint's."""
+        if not isinstance(backbone, Backbone | BackboneConfig | None):
+            raise UserError(
+                f"backbone is a {type(backbone).__name__}; expected BackboneConfig(name=...), or a loaded Backbone"
+            )
         where = pick_device(device)
         precision = resolve_precision(dtype, where, key="dtype")
         model = EDJE.from_pretrained(checkpoint_dir, device=where, revision=revision)
@@ -138,8 +144,11 @@ class Reranker:
             ids = find_images(folder_or_paths)
             paths: list[str | Path] = [Path(folder_or_paths, item_id) for item_id in ids]
         else:
-            paths = list(folder_or_paths)
+            paths = as_paths(folder_or_paths)
             ids = [path.as_posix() if isinstance(path, Path) else path for path in paths]
+        if not isinstance(store_path, str | Path):
+            raise UserError(f"store_path is a {type(store_path).__name__}; expected the directory to write")
+        _check_at_least(0, num_workers=num_workers)
         self._scorer.after_fork()
         self.store = precompute(
             store_path,
@@ -199,7 +208,7 @@ class Reranker:
         queries, single = as_queries(query)
         of_queries = [as_images(documents)] if single else documents_of_queries(queries, documents)
         if not (single or similarities is None):
-            similarities = np.concatenate([np.zeros(0), *(np.asarray(cosines) for cosines in similarities)])
+            similarities = cosines_of_queries(similarities, [len(images) for images in of_queries])
         lists = self._rank(
             [[(text, image) for image in images] for text, images in zip(queries, of_queries, strict=True)],
             of_queries if return_documents else None,
@@ -279,13 +288,15 @@ class Reranker:
         store: by default the last one indexed. Its embeddings [N, De] float32 are read at the first search and kept in
         memory on the model's device. Raises UserError as rank() does, or where there is no store."""
         store = store or self.store
-        if not isinstance(store, TokenStore):
-            given = "none was indexed" if store is None else f"this is a {type(store).__name__}"
-            raise UserError(f"search() needs a token store, and {given}; pass TokenStore.open(path)")
-        _check_at_least(1, pool=pool)
+        _check_store(store)
+        if store is None:
+            raise UserError("search() needs a token store, and none was indexed; pass TokenStore.open(path)")
+        _check_at_least(1, pool=pool, top_k=top_k)
         if top_k > pool:
             raise UserError(f"top_k is {top_k} and pool {pool}; no more than the pool is reranked: raise pool")
         queries, single = as_queries(query)
+        if not queries:
+            return []
         self._scorer.after_fork()
         images = self._scorer.embeddings(store)
         distinct_queries = list(dict.fromkeys(queries))
@@ -358,6 +369,8 @@ class Reranker:
         if top_k is not None:
             _check_at_least(1, top_k=top_k)
         calibration = self._calibration(scoring.fusion_lambda)
+        if min_probability is not None and not (isinstance(min_probability, Real) and 0 <= min_probability <= 1):
+            raise UserError(f"min_probability is {min_probability!r}; expected a number from 0 to 1")
         if min_probability is not None and calibration is None:
             raise UserError(
                 "min_probability needs a checkpoint that is calibrated for this score; evaluate it with "
@@ -389,6 +402,7 @@ class Reranker:
     ) -> Scoring:
         if batch_size is not None:
             _check_at_least(1, batch_size=batch_size)
+        _check_store(store)
         return Scoring(self._lambda(score), store or self.store, similarities, texts or {}, batch_size, progress)
 
     def _lambda(self, score: str | None) -> float | None:
@@ -428,7 +442,14 @@ def _named(config: BackboneConfig, checkpoint: str | Path) -> BackboneConfig:
     return config
 
 
+def _check_store(store: object) -> None:
+    if not isinstance(store, TokenStore | None):
+        raise UserError(f"store is a {type(store).__name__}; expected a token store: pass TokenStore.open(path)")
+
+
 def _check_at_least(least: int, **value: int) -> None:
     for name, number in value.items():
+        if not isinstance(number, Integral):
+            raise UserError(f"{name} is {number!r}; expected a whole number")
         if number < least:
             raise UserError(f"{name} is {number}; it must be at least {least}")

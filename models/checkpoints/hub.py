@@ -21,6 +21,7 @@ from .checkpoint import (
     CARD_FILE,
     CHECKPOINT_FILES,
     CONFIG_FILE,
+    WEIGHTS_FILE,
     is_relative_to_checkpoint,
     read_config,
     read_latest,
@@ -43,10 +44,16 @@ def locate_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     Published weights, in either place, are converted once; the directory is then one of the cache. revision: branch,
     tag or commit of the repository; for a directory there is none. Only a checkpoint's own files are fetched, none of
     which runs code. Raises UserError, naming both readings, where neither leads to a checkpoint."""
-    if Path(name).exists() or not _REPOSITORY.fullmatch(str(name)):
-        if revision is not None and Path(name).exists():
-            raise UserError(f"{name}: a directory, which has no revision {revision!r}; leave revision out")
-        return cached_conversion(Path(name)) if _may_be_published(Path(name)) else resolve_checkpoint(name)
+    if not isinstance(name, str | Path):
+        raise UserError(f"a checkpoint is a {type(name).__name__}; expected a path, or OWNER/NAME on the Hub")
+    path = Path(name)
+    exists = _exists(path)
+    if exists or not _REPOSITORY.fullmatch(str(name)):
+        if revision is not None and exists:
+            raise UserError(f"{name}: on this disk, where it has no revision {revision!r}; leave revision out")
+        if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
+            return path.parent
+        return cached_conversion(path) if _may_be_published(path) else resolve_checkpoint(path)
     files = _files_of(str(name), revision)
     if CONFIG_FILE not in files and any(file.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) for file in files):
         return cached_conversion(_fetch_published(str(name), revision, files), PUBLISHED_REPOSITORIES.get(str(name)))
@@ -58,6 +65,13 @@ def locate_checkpoint(name: str | Path, revision: str | None = None) -> Path:
             f"{', '.join(CHECKPOINT_FILES)}"
         )
     return directory
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a name that no file can have
+        raise UserError(f"{str(path)[:60]}...: no such checkpoint ({error.strerror}); check the name") from None
 
 
 def _may_be_published(path: Path) -> bool:
@@ -88,7 +102,7 @@ def _files_of(name: str, revision: str | None) -> list[str]:
     try:
         return HfApi().list_repo_files(name, revision=revision)
     except Exception:  # noqa: BLE001 - no hub, no repository: the fetch tells which, or finds the files in the cache
-        return [file.name for file in _fetch(name, revision, [*CHECKPOINT_FILES, CARD_FILE]).iterdir()]
+        return [file.name for file in _fetch(name, revision, []).iterdir()]
 
 
 def _fetch_published(name: str, revision: str | None, files: Sequence[str]) -> Path:

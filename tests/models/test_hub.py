@@ -110,7 +110,7 @@ def test_a_directory_that_exists_wins_and_asks_no_hub(hub, model, tmp_path):
     hub.requests.clear()
     assert torch.equal(logits(EDJE.from_pretrained("owner/tiny")), logits(model))
     assert hub.requests == []
-    with pytest.raises(UserError, match="owner/tiny: a directory, which has no revision 'main'"):
+    with pytest.raises(UserError, match="owner/tiny: on this disk, where it has no revision 'main'"):
         EDJE.from_pretrained("owner/tiny", revision="main")
 
 

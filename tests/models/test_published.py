@@ -275,6 +275,13 @@ def test_a_kill_in_the_middle_leaves_nothing_that_is_taken(cache):
     check(EDJE.from_pretrained(CASE))
 
 
+def test_the_weight_file_of_a_checkpoint_of_ours_means_the_checkpoint(tmp_path):
+    EDJE.from_pretrained(CASE).save_pretrained(tmp_path / "ours")
+    assert locate_checkpoint(tmp_path / "ours" / "model.safetensors") == tmp_path / "ours"
+    with pytest.raises(UserError, match="on this disk, where it has no revision 'v1'"):
+        locate_checkpoint(CASE / "checkpoint.safetensors", revision="v1")
+
+
 def test_weights_without_a_backbone_say_how_to_name_one():
     with pytest.raises(UserError, match="names no backbone; pass the one that it was trained with"):
         Reranker.from_pretrained(CASE)

@@ -319,7 +319,7 @@ def test_search_reranks_the_nearest_of_the_store(files, fused, tmp_path):
     assert [hit["id"] for hit in both[0]] == [hit["id"] for hit in hits] and both[1] != both[0]
     with pytest.raises(UserError, match="top_k is 10 and pool 5"):
         fused.search(CAPTIONS[0], store, pool=5)
-    with pytest.raises(UserError, match="needs a token store, and this is a str"):
+    with pytest.raises(UserError, match="store is a str; expected a token store"):
         fused.search(CAPTIONS[0], "photos")
 
 
@@ -435,11 +435,56 @@ def test_each_mistake_about_what_is_scored_is_named(files, reranker, tmp_path):
         (lambda: reranker.rank(caption, [image], text_embedding=[1.0]), "text_embedding has shape"),
         (lambda: reranker.rank(caption, [image], batch_size=0), "batch_size is 0"),
         (lambda: reranker.predict([(caption, image)], prompt_name="query"), "this model has no prompts"),
+        (lambda: reranker.rank(caption, [image], similarities=["near"]), "similarities is no list, array or tensor"),
+        (lambda: reranker.rank(caption, [image], text_embedding="red"), "text_embedding is no list, array or tensor"),
+        (lambda: reranker.rank([caption] * 2, [image], similarities=[0.1, 0.2]), r"similarities have shape \[\]"),
+        (lambda: reranker.rank([caption] * 2, [image], similarities=[[0.1]]), "holds 1 lists for 2 queries"),
+        (lambda: reranker.rank([caption] * 2, [image], similarities=0.1), "holds 0 lists for 2 queries"),
+        (lambda: reranker.rank(caption, ["a.png"], store=str(tmp_path)), "store is a str; .*TokenStore.open"),
+        (lambda: reranker.search(caption, store=tmp_path), "store is a PosixPath; .*TokenStore.open"),
+        (lambda: reranker.rank(caption, [image], top_k=2.5), "top_k is 2.5; expected a whole number"),
+        (lambda: reranker.rank(caption, [image], top_k="3"), "top_k is '3'; expected a whole number"),
+        (lambda: reranker.predict([(caption, image)], batch_size=1.5), "batch_size is 1.5; expected a whole number"),
+        (lambda: reranker.rank(caption, [image], min_probability="0.5"), "min_probability is '0.5'; expected a number"),
+        (lambda: reranker.rank(caption, [image], min_probability=50), "min_probability is 50; expected a number from"),
+        (lambda: reranker.rank(caption, [image], activation_fn="sigmoid"), "activation_fn is a str"),
+        (lambda: reranker.rank(caption, [image] * 2, activation_fn=torch.sum), r"gave \[\] of scores \[2\]"),
+        (lambda: reranker.rank(caption, [image], activation_fn=np.asarray), "gave a ndarray of scores"),
+        (lambda: reranker.index([array], tmp_path / "store"), "item 0 to index is a ndarray; expected a path"),
+        (lambda: reranker.index(5, tmp_path / "store"), "what to index is a int; expected a folder"),
+        (lambda: reranker.index([image], None), "store_path is a NoneType"),
+        (lambda: reranker.index([image], tmp_path / "store", num_workers=-1), "num_workers is -1"),
+        (lambda: Reranker.from_pretrained(None), "a checkpoint is a NoneType"),
+        (lambda: Reranker.from_pretrained("a" * 3000), "no such checkpoint .*too long"),
+        (lambda: Reranker.from_pretrained(files / "checkpoint", device=None), "device is None; expected auto"),
+        (lambda: Reranker.from_pretrained(files / "checkpoint", backbone="ViT-B-16"), "backbone is a str; .*Config"),
     ]
     for number, (call, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):
             call()
             pytest.fail(f"case {number}: no error")
+
+
+def test_cosines_of_one_query_never_pass_for_those_of_another(files, fused):
+    images = image_paths(files)[:4]
+    lists, cosines = [images[:2], images[2:]], [[0.1, 0.2], [0.3, 0.4]]
+    both = fused.rank(CAPTIONS[:2], lists, similarities=cosines)
+    alone = [fused.rank(CAPTIONS[i], lists[i], similarities=cosines[i]) for i in range(2)]
+    for hits, expected in zip(both, alone, strict=True):
+        assert [hit["corpus_id"] for hit in hits] == [hit["corpus_id"] for hit in expected]
+        scores = [[hit["score"] for hit in found] for found in (hits, expected)]
+        np.testing.assert_allclose(*scores, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match=r"similarities have shape \[3\]; expected one cosine a pair, \[2\]"):
+        fused.rank(CAPTIONS[:2], lists, similarities=[[0.1, 0.2, 0.3], [0.4]])
+
+
+def test_no_query_finds_nothing_and_cosines_may_be_any_iterable(files, fused, tmp_path):
+    store = fused.index(files / "images", tmp_path / "store", progress=False)
+    assert fused.search([], store) == fused.rank([], store.ids) == []
+    given = [0.1] * len(store)
+    expected = fused.rank(CAPTIONS[0], store.ids, similarities=given)
+    for cosines in ((cosine for cosine in given), torch.tensor(given, requires_grad=True), np.array(given)):
+        assert fused.rank(CAPTIONS[0], store.ids, similarities=cosines) == expected
 
 
 @pytest.fixture(params=["plain", "prepacked"])
