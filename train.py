@@ -28,6 +28,7 @@ from training.setup import (
     load_training_split,
     load_validation_split,
 )
+from training.trackers import check_installed
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
@@ -42,6 +43,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
 
 def main() -> None:
     config = parse_arguments()
+    check_installed(config.training.trackers)
     with process_group(config.device) as distributed:
         dataset = load_training_split(config, distributed)
         validation = load_validation_split(config)

@@ -8,6 +8,7 @@ python scripts/benchmark.py --out benchmarks/results/query_cpu.json --only query
 python scripts/benchmark.py --out benchmarks/results/store_cpu.json --only store --rounds 50     1 GB of disk
 python scripts/benchmark.py --out benchmarks/results/lists_cpu.json --only lists         3 GB of memory and of disk
 python scripts/benchmark.py --out benchmarks/results/shards_cpu.json --only shards --rounds 5
+python scripts/benchmark.py --out benchmarks/results/onnx_cpu.json --only onnx --pairs 128 --rounds 7
 python scripts/benchmark.py --table benchmarks/results/rerank_cpu.json     a record as Markdown
 python scripts/benchmark.py --table benchmarks/results/rerank_cpu.json benchmarks/results/rerank_h200.json
 """

@@ -23,6 +23,8 @@ from models.errors import UserError, one_line
 from models.files import write_atomically
 from models.precision import PRECISIONS
 
+from .trackers import chosen_trackers
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -263,6 +265,9 @@ class TrainingConfig:
     """`auto`: continue after the last checkpoint in `output`; `never`: refuse to start over one."""
     log_every: int = 10
     """Steps between lines of the log and of metrics.jsonl."""
+    report_to: str | tuple[str, ...] = "none"
+    """Where the curves of metrics.jsonl go too: `none`, `tensorboard`, `wandb`, `trackio`, or a list of these. Each is
+    an extra of the same name."""
     evaluate_every: int = 0
     """Steps between evaluations on data.val_split; 0: only at the end."""
     checkpoint_every: int = 500
@@ -270,7 +275,13 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     """Checkpoints to keep; older ones are deleted."""
 
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """What report_to names, each once."""
+        return chosen_trackers(self.report_to)
+
     def __post_init__(self) -> None:
+        chosen_trackers(self.report_to)
         allowed = {
             "decay": ("cosine", "exponential"),
             "precision": PRECISIONS,
@@ -302,7 +313,7 @@ class RunConfig:
     """One run: what `train.py --config FILE` reads and saves beside its results."""
 
     output: str = "runs/run"
-    """Directory of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."""
+    """Directory of the run: config.yaml, metrics.jsonl, checkpoints/, and the files of training.report_to."""
     seed: int = 42
     """Of initial weights, data order, masks and negatives."""
     device: str = "auto"

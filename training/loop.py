@@ -173,9 +173,10 @@ def train(
     config, training, distributed = run.config, run.config.training, run.distributed
     run.restore()
     make_directory(config.output)
-    run_log = RunLog(Path(config.output), run.step, distributed)
+    built = _as_built(config, run.model)
+    run_log = RunLog(built, run.step, distributed)
     if distributed.is_main:
-        save_config(_as_built(config, run.model), Path(config.output) / "config.yaml")
+        save_config(built, Path(config.output) / "config.yaml")
         run_log.announce(_describe(run, batches, features, objectives))
         run_log.announce(_list_left_out(batches.plan.dataset.left_out, Path(config.output)))
     reader = StepReader(config, run.model.tokenizer, batches, features, retriever, keys, distributed, run.step)

@@ -1,4 +1,4 @@
-"""What a run reports: console lines, metrics.jsonl, TensorBoard where it is installed."""
+"""What a run reports: console lines, metrics.jsonl, and whatever training.report_to names (trackers.py)."""
 
 from __future__ import annotations
 
@@ -6,35 +6,37 @@ import json
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.results import Results
+from models.config_io import to_dict
 from models.distributed import DistributedContext
 from models.files import write_atomically
 
+from .config import RunConfig
 from .objectives import StepLosses
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from .trackers import Tracker, open_trackers
 
 
 class RunLog:
     """Averages what the steps since the last line gave, over all ranks, and writes it on rank 0."""
 
-    def __init__(self, output: Path, first_step: int, distributed: DistributedContext):
-        """`first_step`: steps done so far; lines of later steps, left by a killed run, are dropped."""
+    def __init__(self, config: RunConfig, first_step: int, distributed: DistributedContext):
+        """`config` as the run was built, for the trackers to show. `first_step`: steps done so far; lines of later
+        steps, left by a killed run, are dropped. Raises UserError if a tracker does not start."""
+        output = Path(config.output)
         self.distributed, self.path = distributed, output / "metrics.jsonl"
         self.values: dict[str, list[Tensor]] = defaultdict(list)
         self.steps, self.learning_rate = 0, 0.0
         self.started, self.waited_before, self.waited = time.perf_counter(), 0.0, 0.0
-        self.board = None
+        self.trackers: list[Tracker] = []
         if distributed.is_main:
-            _drop_lines_after(self.path, first_step)
-            self.board = _summary_writer(output / "tensorboard", first_step)
+            reported = _drop_lines_after(self.path, first_step)
+            names = config.training.trackers
+            self.trackers = open_trackers(names, output, to_dict(config), first_step, reported)
 
     def announce(self, lines: list[str]) -> None:
         for line in lines:
@@ -59,7 +61,7 @@ class RunLog:
             "samples_per_second": self.steps * batch_size / seconds,
             "waiting_share": (self.waited - self.waited_before) / seconds,
         }
-        self._record({"step": step} | metrics)
+        self._record(step, metrics)
         self.values.clear()
         self.steps, self.started, self.waited_before = 0, time.perf_counter(), self.waited
         shown = ("itm", "itm_accuracy", "altered_captions", "mlm", "itc", "distillation")
@@ -74,47 +76,42 @@ class RunLog:
                 recalls |= {f"val/{direction}/{column}/{name}": value for name, value in figures.numbers().items()}
             recall_at_1 = (f"{column} {figures.metrics['R@1']:.1f}" for column, figures in found.columns.items())
             line.append(f"{direction} R@1 {', '.join(recall_at_1)}")
-        self._record({"step": step} | recalls)
+        self._record(step, recalls)
         if self.distributed.is_main:
             tqdm.write(f"step {step}: validation " + "; ".join(line))
         self.started = time.perf_counter()  # an evaluation is not training time
 
     def close(self, unreadable: list[str]) -> None:
         """Flush, and list the images that were skipped."""
-        if self.board is not None:
-            self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
         if unreadable and self.distributed.is_main:
             tqdm.write(f"{len(unreadable)} images could not be read and were replaced by others:")
             for line in unreadable:
                 tqdm.write(f"  {line}")
 
-    def _record(self, values: dict[str, float]) -> None:
+    def _record(self, step: int, values: dict[str, float]) -> None:
         if not self.distributed.is_main:
             return
-        with self.path.open("a", encoding="utf-8", newline="\n") as stream:
-            stream.write(json.dumps(values) + "\n")
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name if "/" in name else f"train/{name}", value, values["step"])
+        with self.path.open("a") as stream:
+            stream.write(json.dumps({"step": step} | values) + "\n")
+        scalars = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
+        for tracker in self.trackers:
+            tracker.log(step, scalars)
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
+def _drop_lines_after(path: Path, step: int) -> int:
+    """Remove the lines of later steps; returns the last step that had one, 0 where there is no file yet."""
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return 0
+    kept, last = [], 0
+    for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            found = json.loads(line)["step"]
         except ValueError:
             continue  # the line that a kill cut short
+        last = max(last, found)
+        if found <= step:
+            kept.append(line + "\n")
     write_atomically(path, "".join(kept))
-
-
-def _summary_writer(directory: Path, first_step: int) -> SummaryWriter | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        tqdm.write("TensorBoard is not installed (pip install tensorboard): metrics go to metrics.jsonl alone")
-        return None
-    return SummaryWriter(str(directory), purge_step=first_step + 1)
+    return last
