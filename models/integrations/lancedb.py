@@ -54,6 +54,10 @@ class EDJEReranker(LanceDBReranker):
             raise UserError(f"distance_type is {distance_type!r}; expected one of {expected}")
         if return_score not in ("relevance", "all"):
             raise UserError(f"return_score is {return_score!r}; expected 'relevance' or 'all'")
+        if not isinstance(reranker, Reranker):
+            raise UserError(f"reranker is a {type(reranker).__name__}; expected a loaded Reranker")
+        if not isinstance(store, TokenStore | None):
+            raise UserError(f"store is a {type(store).__name__}; expected a loaded TokenStore")
         super().__init__(return_score)
         self.reranker, self.column, self.store = reranker, column, store
         self.root = Path() if root is None else Path(root)

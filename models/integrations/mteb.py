@@ -8,20 +8,23 @@ Letters: N documents, D candidates of a query, De embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from datasets import Dataset
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.model_meta import ModelMeta
 from mteb.types import EncodeKwargs, RetrievalOutputType, TopRankedDocumentsType
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..candidates import as_captions
 from ..checkpoints.checkpoint import weights_fingerprint
 from ..edje import EDJE
 from ..errors import UserError
@@ -30,6 +33,7 @@ from ..reranker import Reranker, Score
 from ..scores import paired_cosines
 from ..stores.indexing import precompute
 from ..stores.token_store import TokenStore
+from ..vision.images import ImageError, open_image
 
 MODALITIES = {"t": "text", "i": "image"}
 
@@ -49,16 +53,23 @@ class _Side:
 
 
 class _Images:
-    """Row -> PIL image of a data set, decoded when it is asked for."""
+    """Row -> image of a data set, decoded when it is asked for. Raises ImageError naming MTEB's id."""
 
-    def __init__(self, dataset: Dataset):
-        self._dataset = dataset.select_columns("image")
+    def __init__(self, dataset: Dataset, ids: Sequence[str]):
+        encoded = datasets.Image(decode=False)  # open_image() tells what is wrong with a file
+        self._dataset, self._ids = dataset.select_columns("image").cast_column("image", encoded), ids
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, row: int) -> Any:
-        return self._dataset[row]["image"]
+    def __getitem__(self, row: int) -> Image.Image:
+        image = self._dataset[row]["image"]
+        if image is None:
+            raise ImageError(f"image {self._ids[row]!r} of the task is absent")
+        try:
+            return open_image(image["bytes"] or image["path"])
+        except ImageError as error:
+            raise ImageError(f"image {self._ids[row]!r} of the task: {error}") from None
 
 
 class EDJESearch:
@@ -79,12 +90,13 @@ class EDJESearch:
     ):
         """stores: folder that keeps a token store for each data set, so that its images are encoded once.
         name, revision: OWNER/NAME of the model and what tells its weights apart: MTEB keeps results under them.
-        score: `fused` or `match`, as for Reranker.rank(). Raises UserError for a pool below 1, or a name
-        without its two parts."""
+        score: `fused` or `match`, as for Reranker.rank(). Raises UserError for a pool below 1, a name
+        without its two parts, or a score that this checkpoint does not have."""
         if pool < 1:
             raise UserError(f"pool is {pool}; it must be at least 1")
         if name.count("/") != 1:
             raise UserError(f"name is {name!r}; MTEB keeps results under OWNER/NAME, so pass e.g. 'edje/my-model'")
+        reranker.predict([], score=score)  # refuses the score now, not after hours of encoding
         self.reranker, self.stores, self.pool, self.score = reranker, Path(stores), pool, score
         self.name, self.revision = name, revision
         self._documents: _Side | None = None
@@ -145,7 +157,7 @@ class EDJESearch:
     ) -> None:
         """Encode the documents: images into a token store, texts in memory. A killed call goes on.
 
-        Raises UserError for a task that is neither t2i nor i2t, for unreadable images, or documents without text."""
+        Raises UserError for a task that is neither t2i nor i2t, for unreadable images, or empty texts."""
         where = self._folder(task_metadata, hf_subset, hf_split) / "documents"
         self._documents = self._side(corpus, _modalities(task_metadata)[1], where, encode_kwargs, num_proc)
 
@@ -171,6 +183,8 @@ class EDJESearch:
         row_of = {item_id: row for row, item_id in enumerate(documents.ids)}
         found: RetrievalOutputType = {}
         progress = encode_kwargs.get("show_progress_bar", True)
+        if top_ranked is not None:
+            _check_candidates(top_ranked, asked.ids, row_of)
         for number, query_id in enumerate(tqdm(asked.ids, desc="search", unit="query", disable=not progress)):
             embedding = asked.embeddings[number]
             if top_ranked is None:
@@ -205,12 +219,16 @@ class EDJESearch:
         self, dataset: Dataset, modality: str, store: Path, encode_kwargs: EncodeKwargs, num_proc: int | None
     ) -> _Side:
         model, backbone, ids = self.reranker.model, self.reranker.backbone, list(dataset["id"])
+        if modality not in dataset.column_names:
+            raise UserError(
+                f"the task's {store.name} have no column {modality!r}, only {', '.join(dataset.column_names)}"
+            )
         if modality == "text":
-            texts = list(dataset["text"])
+            texts = as_captions(dataset["text"], f"the task's {store.name}")
             return _Side(ids, texts, backbone.encode_texts(texts).to(model.device), None)
         images = precompute(
             store,
-            _Images(dataset),
+            _Images(dataset, ids),
             ids,
             backbone,
             model,
@@ -219,6 +237,16 @@ class EDJESearch:
             progress=encode_kwargs.get("show_progress_bar", True),
         )
         return _Side(ids, ids, images.gather_embeddings(ids).to(model.device), images)
+
+
+def _check_candidates(top_ranked: TopRankedDocumentsType, queries: Sequence[str], documents: Container[str]) -> None:
+    """Raises UserError unless each query of a reranking task has candidates, all of them among its documents."""
+    for query_id in queries:
+        if not top_ranked.get(query_id):
+            raise UserError(f"query {query_id!r} of the task has no candidates in top_ranked")
+        for item_id in top_ranked[query_id]:
+            if item_id not in documents:
+                raise UserError(f"candidate {item_id!r} of query {query_id!r} is no document of the task")
 
 
 def _modalities(task: TaskMetadata) -> tuple[str, str]:

@@ -170,6 +170,8 @@ def test_each_mistake_is_told_in_one_line(world):
         "without text; pass its words": lambda: plug().rerank_multivector([world.search().to_arrow()], None),
         "a BooleanQuery; pass its words": lambda: boolean.rerank(plug()).to_arrow(),
         "distance_type is 'hamming'; expected one of 'cosine', 'l2', 'dot'": lambda: plug(distance_type="hamming"),
+        "store is a str; expected a loaded TokenStore": lambda: plug(store="photos.store"),
+        "reranker is a str; expected a loaded Reranker": lambda: EDJEReranker("runs/demo", "file"),
         "return_score is 'some'": lambda: plug(return_score="some"),
         "no column '_distance'": lambda: plug(distance_type="l2").rerank_vector(QUERY, world.table.to_arrow()),
         "score is 'cosine'": lambda: rerank(plug(score="cosine")),

@@ -217,20 +217,29 @@ def test_the_candidates_of_a_reranking_task_are_ranked_and_no_others(case, tmp_p
 
 
 def test_each_mistake_is_told_in_one_line(case, tmp_path):
-    images = pictures(case).select([0])
-    queries = Dataset.from_dict({"id": ["q"], "text": ["  "]})
+    images, plug = pictures(case).select([0]), case.plug(tmp_path / "stores")
+    plug.index(images, **parts())
 
-    def search_for(queries: Dataset) -> object:
-        plug = case.plug(tmp_path)
-        plug.index(images, **parts())
-        return plug.search(queries, **parts(top_k=1))
+    def search(text: object = "a red ball", **changed: object) -> object:
+        return plug.search(Dataset.from_dict({"id": ["q"], "text": [text]}), **parts(top_k=1, **changed))
 
+    def index(images: Dataset, **changed: object) -> None:
+        case.plug(tmp_path / "others").index(images, **parts(**changed))
+
+    broken = {"id": ["i0"], "image": [{"bytes": b"no image", "path": None}]}
     mistakes: dict[str, Callable[[], object]] = {
-        "category it2i; EDJE ranks": lambda: case.plug(tmp_path).index(images, **parts(category="it2i")),
-        "before index": lambda: case.plug(tmp_path).search(queries, **parts(top_k=1)),
-        "the query is empty": lambda: search_for(queries),
+        "category it2i; EDJE ranks": lambda: index(images, category="it2i"),
+        "documents have no column 'text', only id, image": lambda: index(images, category="i2t"),
+        "image 'i0' of the task is absent": lambda: index(Dataset.from_dict({"id": ["i0"], "image": [None]})),
+        "image 'i0' of the task: image of 8 bytes": lambda: index(Dataset.from_dict(broken)),
+        "before index": lambda: case.plug(tmp_path).search(images, **parts(top_k=1)),
+        r"queries\[0\] is empty": lambda: search(" "),
+        r"queries\[0\] is a NoneType": lambda: search(None),
+        "query 'q' of the task has no candidates": lambda: search(top_ranked={}),
+        "candidate 'i9' of query 'q' is no document": lambda: search(top_ranked={"q": ["i0", "i9"]}),
         "pool is 0": lambda: case.plug(tmp_path, pool=0),
-        "name is 'mine'": lambda: EDJESearch(case.plug(tmp_path).reranker, tmp_path, "mine", "1"),
+        "score is 'cosine'": lambda: case.plug(tmp_path, score="cosine"),
+        "name is 'mine'": lambda: EDJESearch(plug.reranker, tmp_path, "mine", "1"),
     }
     for expected, call in mistakes.items():
         with pytest.raises(UserError, match=expected) as raised:
