@@ -48,7 +48,7 @@ class EDJEReranker(LanceDBReranker):
         taken from `_distance`, and the text tower does not run. Leave it out where an index makes distances
         approximate. Hybrid searches hand over rescaled distances, so cosines are computed there.
         return_score: `relevance`, or `all` to keep `_distance` and `_score`, LanceDB's own.
-        Raises UserError for an unknown distance or return_score."""
+        Raises UserError for an unknown distance or return_score, or what is no Reranker or TokenStore."""
         if distance_type is not None and distance_type not in get_args(DistanceType):
             expected = ", ".join(map(repr, get_args(DistanceType)))
             raise UserError(f"distance_type is {distance_type!r}; expected one of {expected}")
@@ -61,7 +61,7 @@ class EDJEReranker(LanceDBReranker):
         super().__init__(return_score)
         self.reranker, self.column, self.store = reranker, column, store
         self.root = Path() if root is None else Path(root)
-        self.match_score, self.distance_type, self.batch_size = score, distance_type, batch_size
+        self.ranking_score, self.distance_type, self.batch_size = score, distance_type, batch_size
 
     def rerank_vector(self, query: str, vector_results: pa.Table) -> pa.Table:
         """Raises UserError where the search has no text (pass query_string to rerank()), the image column is absent or
@@ -81,7 +81,7 @@ class EDJEReranker(LanceDBReranker):
         hits = self.reranker.rank(
             _text(query),
             self._images(results),
-            score=self.match_score,
+            score=self.ranking_score,
             store=self.store,
             similarities=cosines,
             batch_size=self.batch_size,
