@@ -43,6 +43,7 @@ from evaluation.retrieval import check_pool, evaluate
 from evaluation.tables import aligned, calibration_rows, markdown_table, protocol
 from models.checkpoints.checkpoint import CONFIG_FILE, write_fusion
 from models.checkpoints.hub import locate_checkpoint
+from models.config import BackboneConfig
 from models.distributed import DistributedContext, process_group
 from models.edje import EDJE
 from models.errors import UserError, run_entry_point
@@ -194,6 +195,11 @@ def check_lambda_split(arguments: argparse.Namespace) -> None:
         )
 
 
+def moved(backbone: BackboneConfig, weights: str) -> BackboneConfig:
+    """The same backbone with its weights elsewhere; a directory says itself what it holds, so no name goes with it."""
+    return replace(backbone, name="" if Path(weights).is_dir() else backbone.name, pretrained=weights)
+
+
 @dataclass
 class Evaluator:
     """Everything that one evaluation and the fit on another split have in common."""
@@ -219,7 +225,7 @@ class Evaluator:
         if store is None or caption_store is None:
             config = model.config.backbone
             if arguments.backbone:
-                config = replace(config, pretrained=arguments.backbone)
+                config = moved(config, arguments.backbone)
             backbone = Backbone.load(config, distributed.device, dtype_name(dtype))
         return cls(model, backbone, store, caption_store, dtype, arguments.k, distributed)
 

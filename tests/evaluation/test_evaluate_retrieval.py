@@ -16,10 +16,10 @@ import yaml
 
 from data.caption_datasets import load_annotations
 from evaluation.calibration import Calibration
-from evaluation.evaluate_retrieval import main
+from evaluation.evaluate_retrieval import main, moved
 from evaluation.output import read_rankings
 from models.checkpoints.checkpoint import read_config, write_config, write_latest
-from models.config import CompressionConfig, EDJEConfig, EncoderConfig
+from models.config import BackboneConfig, CompressionConfig, EDJEConfig, EncoderConfig
 from models.edje import EDJE
 from models.errors import UserError
 from models.language.captions import CaptionTokenizer, build_vocabulary
@@ -283,3 +283,11 @@ def test_another_backbone_is_refused(run, tmp_path, annotations, scenes):
     write_config(other, config)
     with pytest.raises(UserError, match="trained with backbone vit/another, this one is open_clip/"):
         evaluate("--checkpoint", other, "--dataset", annotations, "--data-root", scenes)
+
+
+@pytest.mark.parametrize("named", [("ViT-B-32", "openai"), ("google/siglip2-large-patch16-384", "")])
+def test_a_backbone_that_moved_into_a_folder_is_loaded_from_it(backbone, named):
+    """The folder names its architecture itself, and a name beside it would be refused."""
+    config = moved(BackboneConfig(name=named[0], pretrained=named[1]), backbone.config.pretrained)
+    assert Backbone.load(config).fingerprint == backbone.fingerprint
+    assert moved(BackboneConfig(name=named[0], pretrained=named[1]), "weights.pt").name == named[0]
