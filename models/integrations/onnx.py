@@ -62,7 +62,8 @@ def export_onnx(model: EDJE, directory: str | Path) -> float:
     captions and tokens.
 
     An earlier export is replaced. Raises UserError if a package is missing, `directory` holds anything else, the model
-    is not float32 on the CPU or has an adapter by k-means, or the difference exceeds BOUND; nothing is written then."""
+    is not float32 on the CPU, has an adapter by k-means or too few positions for its longest input, or the difference
+    exceeds BOUND; nothing is written then."""
     check_packages("onnx", "onnxscript", "onnxruntime")
     directory = Path(directory)
     _check_replaceable(directory)
@@ -168,6 +169,13 @@ def _check_exportable(model: EDJE) -> None:
         raise UserError(
             f"ONNX export: got {type(model).__name__} in {weight.dtype} on {weight.device}; expected an EDJE in "
             "float32 on the CPU, as EDJE.from_pretrained(...) loads it"
+        )
+    longest = model.config.max_caption_tokens + model.config.num_vision_tokens
+    positions = model.encoder.config.max_positions
+    if longest > positions:
+        raise UserError(
+            f"ONNX export: the longest input has {longest} tokens, the joint encoder {positions} positions; extend "
+            f"them first: model.encoder.extend_positions({longest})"
         )
     if isinstance(model.config.adapter, KMeansConfig):
         raise UserError(

@@ -152,6 +152,8 @@ def test_nothing_but_an_earlier_export_is_replaced(tmp_path):
 def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="adapter.kind is 'kmeans'.*export a model of another kind"):
         export_onnx(small_model(kind="kmeans"), tmp_path / "out")
+    with pytest.raises(UserError, match="the longest input has 604 tokens, the joint encoder 512 positions"):
+        export_onnx(small_model(max_caption_tokens=600), tmp_path / "out")
     with pytest.raises(UserError, match="got OptimizedEDJE .* expected an EDJE in float32 on the CPU"):
         export_onnx(small_model().optimized(torch.float32), tmp_path / "out")
     monkeypatch.setattr(integration.importlib.util, "find_spec", lambda name: None)
