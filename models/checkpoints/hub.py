@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, one_line
@@ -54,10 +55,10 @@ def locate_checkpoint(name: str | Path, revision: str | None = None) -> Path:
         if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
             return path.parent
         return cached_conversion(path) if _may_be_published(path) else resolve_checkpoint(path)
-    files = _files_of(str(name), revision)
-    if CONFIG_FILE not in files and any(file.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) for file in files):
-        return cached_conversion(_fetch_published(str(name), revision, files), PUBLISHED_REPOSITORIES.get(str(name)))
-    directory = _fetch(str(name), revision, [*CHECKPOINT_FILES, CARD_FILE])
+    repository = _Repository.find(str(name), revision)
+    if CONFIG_FILE not in repository.files and any(map(_is_of_weights, repository.files)):
+        return cached_conversion(repository.fetch_published(), PUBLISHED_REPOSITORIES.get(str(name)))
+    directory = repository.fetch([*CHECKPOINT_FILES, CARD_FILE])
     missing = [file for file in CHECKPOINT_FILES if not (directory / file).is_file()]
     if missing:
         raise UserError(
@@ -79,40 +80,68 @@ def _may_be_published(path: Path) -> bool:
     if not path.is_dir():
         return path.is_file()
     ours = (path / CONFIG_FILE).is_file() or any(read_latest(root) for root in (path, path / "checkpoints"))
-    return not ours and any(file.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) for file in path.iterdir())
+    return not ours and any(_is_of_weights(file.name) for file in path.iterdir())
 
 
-def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
-    """The snapshot of a repository in the local cache, with those of `files` that it has."""
-    from huggingface_hub import HfApi
-
-    try:
-        return Path(HfApi().snapshot_download(name, revision=revision, allow_patterns=list(files)))
-    except Exception as error:  # noqa: BLE001 - of huggingface_hub and of the HTTP library of its version
-        raise UserError(
-            f"{name}: no such directory, and no repository of that name{_at(revision)} could be fetched from the model "
-            f"hub ({one_line(error)}); check the name, or run once where the hub can be reached"
-        ) from None
+def _is_of_weights(name: str) -> bool:
+    return name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX))
 
 
-def _files_of(name: str, revision: str | None) -> list[str]:
-    """Names of a repository's files; where the hub cannot be reached, of those that were fetched before."""
-    from huggingface_hub import HfApi
+@dataclass(frozen=True)
+class _Repository:
+    """A repository of the Hub, or where that cannot be reached, what was fetched of it before."""
 
-    try:
-        return HfApi().list_repo_files(name, revision=revision)
-    except Exception:  # noqa: BLE001 - no hub, no repository: the fetch tells which, or finds the files in the cache
-        return [file.name for file in _fetch(name, revision, []).iterdir()]
+    name: str
+    revision: str | None
+    files: Sequence[str]
+    """Names of those that it has."""
+    local: bool
+    """Whether the Hub could not be reached: then it is not asked again."""
+
+    @classmethod
+    def find(cls, name: str, revision: str | None) -> _Repository:
+        """Raises UserError where there is no such repository, neither on the Hub nor in the cache."""
+        from huggingface_hub import HfApi
+
+        try:
+            # Not list_repo_files(): that asks for half a minute, again and again, where there is no network.
+            siblings = HfApi().model_info(name, revision=revision).siblings or []
+            return cls(name, revision, [file.rfilename for file in siblings], local=False)
+        except Exception as error:  # noqa: BLE001 - of huggingface_hub and of the HTTP library of its version
+            try:
+                # Without patterns it would insist on every file of the repository, those too that were never fetched.
+                cached = HfApi().snapshot_download(name, revision=revision, allow_patterns=[], local_files_only=True)
+            except Exception:  # noqa: BLE001
+                raise _unreachable(name, revision, error) from None
+            return cls(name, revision, [file.name for file in Path(cached).iterdir()], local=True)
+
+    def fetch(self, files: Sequence[str]) -> Path:
+        """The snapshot in the local cache, with those of `files` that it has."""
+        from huggingface_hub import HfApi
+
+        try:
+            snapshot = HfApi().snapshot_download(
+                self.name, revision=self.revision, allow_patterns=list(files), local_files_only=self.local
+            )
+            return Path(snapshot)
+        except Exception as error:  # noqa: BLE001 - as above
+            raise _unreachable(self.name, self.revision, error) from None
+
+    def fetch_published(self) -> Path:
+        """Its published weights, or the index of their shards, with what lies beside them."""
+        beside = [CONFIG_JSON, VOCABULARY_FILE]
+        weights = choose_weight_file(self.files, self.name)
+        directory = self.fetch([weights, *beside])
+        if weights.endswith(INDEX_SUFFIX):
+            directory = self.fetch([weights, *beside, *shard_names(directory / weights)])
+        return directory / weights
 
 
-def _fetch_published(name: str, revision: str | None, files: Sequence[str]) -> Path:
-    """The published weights among a repository's files (or the index of their shards), in the local cache."""
-    beside = [CONFIG_JSON, VOCABULARY_FILE]
-    weights = choose_weight_file(files, name)
-    directory = _fetch(name, revision, [weights, *beside])
-    if weights.endswith(INDEX_SUFFIX):
-        directory = _fetch(name, revision, [weights, *beside, *shard_names(directory / weights)])
-    return directory / weights
+def _unreachable(name: str, revision: str | None, error: Exception) -> UserError:
+    return UserError(
+        f"{name}: no such directory, and no repository of that name{_at(revision)} could be fetched from the model "
+        f"hub ({one_line(error)}); check the name, or run once where the hub can be reached"
+    )
 
 
 def upload_checkpoint(
