@@ -6,8 +6,9 @@
 #   bash scripts/test.sh -m gpu               what needs a GPU, which all other tests leave alone
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install requirements.txt requirements-dev.txt
-# Two processes, whole files each, halve the time on two cores. What -m asks for has the machine to itself.
-workers=(--numprocesses=2 --dist=loadfile)
+# Two processes, whole files each, halve the time on two cores; tests/conftest.py says which files go first. What -m asks
+# for has the machine to itself.
+workers=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
 for argument in "$@"; do
     if [[ $argument == -m* ]]; then workers=(); fi
 done

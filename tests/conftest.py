@@ -41,6 +41,15 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+LONG_FILES = ("test_demo", "test_ablate", "test_loop", "test_precompute_tokens", "test_evaluate_retrieval", "test_onnx")
+"""Files of half a minute and more: first, so that no process is left with one of them when the others are done."""
+
+
+@pytest.hookimpl(trylast=True)  # after the order was drawn
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
     """The package as pip builds it, without network, from a copy: setuptools leaves a build folder where it builds."""

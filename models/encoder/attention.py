@@ -15,7 +15,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from ..distributed import send
 from .linear import has_triton
@@ -85,6 +84,9 @@ class VariableLengthKernel:
         starts, longest = (self._counted, 1) if one_query else (self._starts, self.longest)
         query = queries.unflatten(1, (self.num_heads, -1))
         if not self.dropout:
+            # Here, not above: it brings torch's compiler with it, 1.6 of the 3.7 seconds that a start takes on a CPU.
+            from torch.nn.attention.varlen import varlen_attn
+
             context = varlen_attn(query, key, value, starts, self._starts, longest, self.longest)
             assert isinstance(context, Tensor)
             return context.flatten(1)
