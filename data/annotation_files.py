@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -93,6 +94,8 @@ def open_annotations(
     head = _head(file)
     if head.startswith(b"PAR1"):
         return _open_parquet(file, columns)
+    if b"\0" in head:
+        raise UserError(f"{file}: no UTF-8 text: packed, in another encoding, or no annotations; unpack or convert it")
     text = head.decode("utf-8-sig", errors="replace").lstrip()
     if not text:
         raise UserError(f"{file}: empty, as a truncated download is; pass an annotation file")
@@ -246,20 +249,36 @@ def _table_records(file: Path, delimiter: str, width: int, positions: tuple[int,
 
 def _table_rows(stream: TextIO, file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of each row behind the header; empty lines are none."""
+    rows = _lines_of_fields(stream, delimiter) if delimiter in "\t|" else _quoted_rows(stream, file, delimiter)
+    for number, row in itertools.islice(rows, 1, None):
+        if len(row) > 1 or row[0].strip():
+            yield number, row
+
+
+def _lines_of_fields(stream: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """A row a line, where most captions come without quotes: one that only begins with a quote must not swallow the
+    lines behind it. With tabs, a field that is quoted from end to end is as pandas writes it."""
+    for number, line in enumerate(stream, 1):
+        fields = line.rstrip("\r\n").split(delimiter)
+        yield number, [_unquoted(field) for field in fields] if delimiter == "\t" else fields
+
+
+def _unquoted(field: str) -> str:
+    if len(field) < 2 or field[0] != '"' or field[-1] != '"':
+        return field
+    return field[1:-1].replace('""', '"')
+
+
+def _quoted_rows(stream: TextIO, file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(LONGEST_FIELD)
-    # Bars separate plain text, where a quote is a quote; the others are written by tools that quote.
-    reader = (
-        csv.reader(stream, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-        if delimiter == "|"
-        else csv.reader(stream, delimiter=delimiter)
-    )
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)  # a quote that is never closed is an error
     try:
-        next(reader)
         for row in reader:
-            if row and (len(row) > 1 or row[0].strip()):
-                yield reader.line_num, row
+            yield reader.line_num, row or [""]
     except csv.Error as error:
-        raise UserError(f"{file}: line {reader.line_num} cannot be read ({error}); repair it") from None
+        raise UserError(
+            f"{file}: line {reader.line_num} cannot be read ({error}); close or double its quotes"
+        ) from None
 
 
 def _open_parquet(file: Path, columns: ColumnNames) -> Annotations:

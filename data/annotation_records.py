@@ -82,9 +82,12 @@ def require_columns(row: Iterable[str], columns: ColumnNames, where: Path, shown
 
 
 def find_column(names: Iterable[str], wanted: str, usual: tuple[str, ...]) -> str | None:
-    """The column that is wanted, else the first of the usual ones; None where it is not there."""
+    """The column that is wanted, else the first of the usual ones, in capitals or not; None where it is not there."""
     there = list(names)
-    return next((name for name in ((wanted,) if wanted else usual) if name in there), None)
+    if wanted:
+        return wanted if wanted in there else None
+    by_lower_case = {name.lower(): name for name in reversed(there)}
+    return next((by_lower_case[name] for name in usual if name in by_lower_case), None)
 
 
 _UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")

@@ -67,7 +67,7 @@ def opened(file: Path, newline: str | None = None) -> Iterator[TextIO]:
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text ({error}); truncated or not an annotation file") from error
+        raise UserError(f"{file}: not UTF-8 text ({error}); save it as UTF-8") from error
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); truncated or not an annotation file") from error
     except RecursionError:

@@ -1,6 +1,7 @@
 """Annotations as people have them: every layout gives the same images and captions, and every mistake one line."""
 
 import csv
+import gzip
 import io
 import json
 from pathlib import Path
@@ -105,6 +106,23 @@ def test_flickrs_results_csv_is_read_with_its_broken_row(tmp_path):
     results_csv(tmp_path / "results.csv")
     captions = found(load_annotations(tmp_path / "results.csv", tmp_path, None))
     assert captions == {image: [f"{text} ." for text in texts] for image, texts in CAPTIONS.items()}
+
+
+def test_a_caption_that_begins_with_a_quote_swallows_no_rows(tmp_path):
+    (tmp_path / "a.tsv").write_text('filepath\ttitle\n1.jpg\t"open\n2.jpg\ta "good" one\n3.jpg\t"he said ""no"""\n')
+    captions = found(load_annotations(tmp_path / "a.tsv", tmp_path, None))
+    assert captions == {"1.jpg": ['"open'], "2.jpg": ['a "good" one'], "3.jpg": ['he said "no"']}
+    (tmp_path / "a.csv").write_text('image,caption\n1.jpg,"two\nlines"\n2.jpg,x\n')
+    assert found(load_annotations(tmp_path / "a.csv", tmp_path, None)) == {"1.jpg": ["two\nlines"], "2.jpg": ["x"]}
+    for text in ('1.jpg,"open\n2.jpg,x\n', '1.jpg,"open\n2.jpg,"x"\n'):
+        (tmp_path / "a.csv").write_text(f"image,caption\n{text}")
+        with pytest.raises(UserError, match="a.csv: line 3 cannot be read .*close or double its quotes"):
+            load_annotations(tmp_path / "a.csv", tmp_path, None)
+
+
+def test_columns_are_known_in_capitals_too(tmp_path):
+    (tmp_path / "a.csv").write_text(",Image,Caption\n0,1.jpg,x\n")  # with the index that pandas writes
+    assert found(load_annotations(tmp_path / "a.csv", tmp_path, None)) == {"1.jpg": ["x"]}
 
 
 def test_columns_of_any_name_can_be_named(tmp_path):
@@ -227,6 +245,8 @@ def test_coco_pictures_are_found_in_the_folders_of_2017(tmp_path):
         ("a.csv", b'image,caption\n1.jpg,"' + b"x" * (1 << 25), "line [12] cannot be read .*field larger"),
         ("a.csv", b"image,caption\n1.jpg,\xff\n", "not UTF-8 text"),
         ("a.csv", b"1.jpg\n2.jpg\n", "is no header with several columns"),
+        ("a.csv.gz", gzip.compress(b"image,caption\n1.jpg,x\n"), "no UTF-8 text: packed"),
+        ("a.csv", "image,caption\n1.jpg,x\n".encode("utf-16"), "no UTF-8 text: packed, in another encoding"),
         ("a.csv", b"", "empty, as a truncated download is"),
         ("a.csv", b"image,caption\n", "lists no images"),
         ("a.jsonl", b'{"image": "1.jpg", "caption": "x"}\n{"image": \n', "line 2 is not valid JSON"),
