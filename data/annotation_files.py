@@ -143,7 +143,7 @@ def _open_objects(file: Path, text: str, columns: ColumnNames) -> Annotations:
             "TSV or parquet; docs/data.md shows each"
         )
     if isinstance(document.get("annotations"), list):
-        return Annotations(file, "coco", False, lambda: _coco_records(read_json(file), file))
+        return Annotations(file, "coco", False, lambda: _coco_records(document, file))
     return Annotations(file, "karpathy", True, lambda: iter(()))
 
 

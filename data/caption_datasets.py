@@ -237,7 +237,8 @@ def check_evaluation_rows(
     file: Path, columns: ColumnNames = USUAL_NAMES, root: Path | None = None, split: str | None = None
 ) -> None:
     """Raise UserError if a file of rows gives an image one caption in two rows, which would count twice, or a list one
-    `image_id` to two images. Training files are free to: their rows are many, and their sources may number alike."""
+    `image_id` to two images. Training files are free to: their rows are many, and their sources may number alike.
+    Karpathy's layout has no rows; it is checked wherever it is read."""
     annotations = open_annotations(file, columns, root, None if split is None else _split_names(split))
     rows: set[tuple[str, str]] = set()
     for record in annotations.records():

@@ -89,8 +89,7 @@ class Source:
                 columns=self.columns,
                 val_share=self.val_share,
             )
-        if open_annotations(self.file(split), self.columns, self.root).layout != "karpathy":
-            check_evaluation_rows(self.file(split), self.columns, self.root, split)
+        check_evaluation_rows(self.file(split), self.columns, self.root, split)
         return dataset
 
     def is_one_split(self) -> bool:

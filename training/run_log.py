@@ -93,7 +93,7 @@ class RunLog:
     def _record(self, step: int, values: dict[str, float]) -> None:
         if not self.distributed.is_main:
             return
-        with self.path.open("a") as stream:
+        with self.path.open("a", encoding="utf-8", newline="\n") as stream:
             stream.write(json.dumps({"step": step} | values) + "\n")
         scalars = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
         for tracker in self.trackers:
@@ -105,7 +105,7 @@ def _drop_lines_after(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     kept, last = [], 0
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             found = json.loads(line)["step"]
         except ValueError:
